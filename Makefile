@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+# The commands of the README. Everything installs into .venv; nothing outside is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+RUN ?= runs/demo
+export UV_LINK_MODE ?= copy
+
+.PHONY: help demo check format test test-full clean
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+.venv/base: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv
+	@echo "Installing into .venv (the download is large the first time) ..."
+	@$(UV) --editable .
+	@touch $@
+
+.venv/dev: .venv/base
+	@$(UV) --editable . --group dev
+	@touch $@
+
+demo: .venv/base  ## train once, see the path, hold a family of models (about 3 minutes)
+	@$(BIN)/dessilbi demo --out $(RUN)
+
+check: .venv/dev  ## format, lint, types, import order
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -p no:cacheprovider tests/test_layers.py
+
+format: .venv/dev  ## rewrite the sources in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: .venv/dev  ## everything a user's machine can run
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not full"
+
+test-full: .venv/dev  ## test, and the long checks
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+clean:  ## remove the virtual environment and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DessiLBI: train a network once, hold the whole family of its sparse models.
+
+The public names below are loaded on first use, so that `import dessilbi` does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dessilbi.ticket import Ticket as Ticket
+
+__version__ = "0.1.0.dev0"
+
+_PUBLIC = {
+    "Ticket": "dessilbi.ticket",
+}
+__all__ = ["Ticket", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'dessilbi' has no attribute {name!r}; it has {__all__}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

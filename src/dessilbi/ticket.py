@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ticket: which blocks of which tensors live. Support, mask and ticket are this one noun."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dessilbi.naming import canonical_name, unwrap
+from dessilbi.storage import to_json, write_atomic
+from dessilbi.structure import Block, block_size, expand, grid_shape, resolve
+
+FORMAT = "dessilbi.ticket"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a ticket knows of one structured tensor: its shape and how it is cut into blocks."""
+
+    shape: tuple[int, ...]
+    block: Block
+
+    def __post_init__(self) -> None:
+        """Check that the block fits the shape."""
+        resolve(self.block, self.shape)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Blocks along each dimension."""
+        return grid_shape(self.block, self.shape)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return prod(self.grid)
+
+    @property
+    def block_size(self) -> int:
+        """Elements per block."""
+        return block_size(self.block, self.shape)
+
+
+@dataclass(frozen=True)
+class Ticket(Mapping[str, Tensor]):
+    """An immutable mapping from parameter name to a boolean mask with one entry per block.
+
+    Names are those of the plain model (no ``module.`` or ``_orig_mod.``). Masks have the shape of
+    the tensor's grid of blocks; :meth:`mask_of` gives the element-wise mask.
+
+    Args:
+        masks: name -> bool tensor of the grid's shape (True: the block lives). Copied to the CPU.
+        specs: name -> shape and block of the same tensors.
+        origin: Where the ticket came from: plain JSON values, for people and files.
+
+    Raises:
+        ValueError: Names or shapes of masks and specs disagree.
+
+    >>> spec = TensorSpec(shape=(2, 3), block=(1, None))
+    >>> ticket = Ticket({"fc.weight": torch.tensor([[True], [False]])}, {"fc.weight": spec})
+    >>> ticket.density
+    0.5
+    """
+
+    masks: Mapping[str, Tensor]
+    specs: Mapping[str, TensorSpec]
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Copy and check."""
+        if set(self.masks) != set(self.specs):
+            odd = sorted(set(self.masks) ^ set(self.specs))
+            raise ValueError(f"masks and specs name different tensors: {', '.join(odd)}")
+        masks = {}
+        for name, mask in self.masks.items():
+            if mask.dtype != torch.bool or tuple(mask.shape) != self.specs[name].grid:
+                raise ValueError(
+                    f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: "
+                    f"it must be torch.bool of shape {self.specs[name].grid}, one entry per block"
+                )
+            masks[name] = mask.detach().to("cpu", copy=True)
+        object.__setattr__(self, "masks", MappingProxyType(masks))
+        object.__setattr__(self, "specs", MappingProxyType(dict(self.specs)))
+        object.__setattr__(self, "origin", MappingProxyType(dict(self.origin)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a copy of the block mask of ``name``."""
+        return self.masks[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.masks)
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __eq__(self, other: object) -> bool:
+        """Tickets are equal if they cut the same tensors alike and keep the same blocks."""
+        if not isinstance(other, Ticket):
+            return NotImplemented
+        return self.specs == other.specs and all(
+            torch.equal(mask, other.masks[name]) for name, mask in self.masks.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # equal by content, like other mappings
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ticket, (dict(self.masks), dict(self.specs), dict(self.origin))
+
+    def mask_of(self, name: str) -> Tensor:
+        """Return the element-wise mask of a tensor (a view where possible: do not write to it)."""
+        spec = self.specs[name]
+        return expand(self.masks[name], spec.block, spec.shape)
+
+    @property
+    def kept_elements(self) -> int:
+        """Number of elements in living blocks."""
+        return sum(
+            int(mask.sum()) * self.specs[name].block_size for name, mask in self.masks.items()
+        )
+
+    @property
+    def total_elements(self) -> int:
+        """Number of elements of the structured tensors."""
+        return sum(prod(spec.shape) for spec in self.specs.values())
+
+    @property
+    def density(self) -> float:
+        """Share of the structured tensors' elements that is kept, in [0, 1]."""
+        return self.kept_elements / self.total_elements if self.total_elements else 0.0
+
+    def densities(self) -> dict[str, float]:
+        """Share of blocks kept, per tensor."""
+        return {
+            name: float(mask.float().mean()) if mask.numel() else 0.0
+            for name, mask in self.masks.items()
+        }
+
+    def density_of_model(self, model: nn.Module) -> float:
+        """Share of ALL parameters of ``model`` that is kept; unstructured ones count as kept."""
+        total = sum(p.numel() for p in self._parameters_of(model).values())
+        return 1.0 - (self.total_elements - self.kept_elements) / total if total else 1.0
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Set dead blocks of ``model`` to zero, in place.
+
+        Returns:
+            ``model`` itself.
+
+        Raises:
+            ValueError: The model lacks a tensor of the ticket or has it in another shape.
+        """
+        parameters = self._parameters_of(model)
+        with torch.no_grad():
+            for name in self.masks:
+                param = parameters[name]
+                param.masked_fill_(~self.mask_of(name).to(param.device), 0)
+        return model
+
+    def _parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        parameters = {canonical_name(n): p for n, p in unwrap(model).named_parameters()}
+        for name, spec in self.specs.items():
+            shape = tuple(parameters[name].shape) if name in parameters else None
+            if shape != spec.shape:
+                has = f"has it with shape {shape}" if shape else "has no parameter of that name"
+                raise ValueError(
+                    f"this ticket is for another model: it needs {name} with shape {spec.shape} "
+                    f"but the model {has}; pass the model the ticket was made from"
+                )
+        return parameters
+
+    def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> "Enforcement":
+        """Keep dead blocks dead while ``optimizer`` trains ``model``.
+
+        Dead is more than a zero weight: weights, gradients and all optimizer state shaped like the
+        parameter (momentum, moments, the dual variable v) are zeroed at dead positions, now and
+        around every step. Works with any torch optimizer.
+
+        Args:
+            model: The model; its weights are masked at once.
+            optimizer: The optimizer that trains it.
+
+        Returns:
+            A handle; ``handle.remove()`` gives the blocks their freedom back.
+
+        Raises:
+            ValueError: As :meth:`apply_`.
+        """
+        parameters = self._parameters_of(model)
+        return Enforcement({parameters[name]: self.mask_of(name) for name in self.masks}, optimizer)
+
+    def save(self, path: str | Path) -> None:
+        """Write the ticket as one safetensors file (one bit per block, a JSON header)."""
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tensors": {
+                name: {"shape": spec.shape, "block": spec.block}
+                for name, spec in self.specs.items()
+            },
+            "origin": dict(self.origin),
+        }
+        bits = {name: torch.from_numpy(pack_bits(mask)) for name, mask in self.masks.items()}
+        write_atomic(path, safetensors.torch.save(bits, metadata={"ticket": to_json(header)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Ticket":
+        """Read a ticket written by :meth:`save`; nothing in the file is ever executed.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is truncated, foreign, or of a newer format.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no ticket file {path}; name one that exists")
+        try:
+            with safetensors.safe_open(str(path), framework="numpy") as file:
+                header = json.loads((file.metadata() or {}).get("ticket", "{}"))
+                return cls._from_file(header, file)
+        except (safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
+            detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{path} is not a readable ticket ({detail}): "
+                f"give a file written by Ticket.save or `dessilbi ticket`"
+            ) from None
+
+    @classmethod
+    def _from_file(cls, header: Any, file: Any) -> "Ticket":
+        if header.get("format") != FORMAT:
+            raise ValueError("no ticket header")
+        if header.get("version") != VERSION:
+            raise ValueError(
+                f"format version {header.get('version')}, this release reads {VERSION}"
+            )
+        specs = {
+            name: TensorSpec(tuple(_whole(n) for n in entry["shape"]), tuple(entry["block"]))
+            for name, entry in header["tensors"].items()
+        }
+        masks = {
+            name: unpack_bits(file.get_tensor(name), spec.grid) for name, spec in specs.items()
+        }
+        return cls(masks, specs, header.get("origin", {}))
+
+    def __repr__(self) -> str:
+        """One line on the whole, then one per tensor."""
+        kept = f"kept {self.kept_elements:,} of {self.total_elements:,} elements"
+        lines = [f"Ticket(density={self.density:.4g}, {kept}{_describe(self.origin)})"]
+        width = max((len(name) for name in self.masks), default=0)
+        for name, mask in self.masks.items():
+            blocks = f"{int(mask.sum()):,} of {mask.numel():,} blocks"
+            lines.append(f"  {name:{width}}  {blocks}  {self.specs[name].block}")
+        return "\n".join(lines)
+
+
+def _describe(origin: Mapping[str, Any]) -> str:
+    told = [f"{key} {origin[key]}" for key in ("order", "step", "epoch") if key in origin]
+    return f", {', '.join(told)}" if told else ""
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is not a size")
+    return value
+
+
+def pack_bits(mask: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the mask's bits, eight to a byte, in row-major order."""
+    return np.packbits(mask.detach().cpu().numpy().reshape(-1))
+
+
+def unpack_bits(packed: np.ndarray[Any, Any], shape: Sequence[int]) -> Tensor:
+    """Undo :func:`pack_bits`.
+
+    Raises:
+        ValueError: The number of bytes does not belong to ``shape``.
+    """
+    count = prod(shape)
+    if packed.dtype != np.uint8 or packed.shape != ((count + 7) // 8,):
+        raise ValueError(f"a mask of {packed.size} bytes cannot hold {count} blocks")
+    bits = np.unpackbits(packed, count=count).astype(np.bool_)
+    return torch.from_numpy(bits).reshape(tuple(shape))
+
+
+class Enforcement:
+    """Handle of :meth:`Ticket.enforce`; call :meth:`remove` to stop."""
+
+    def __init__(self, masks: Mapping[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer):
+        self._dead = {param: ~mask.to(param.device) for param, mask in masks.items()}
+        self._optimizer = optimizer
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(lambda *_: self._zero_gradients()),
+            optimizer.register_step_post_hook(lambda *_: self._zero_weights_and_state()),
+        ]
+        # Masked as soon as they are there, so that gradient clipping sees what a model without
+        # the dead blocks would see, and so that closures are covered.
+        self._handles += [
+            param.register_post_accumulate_grad_hook(self._zero_gradient)  # type: ignore[no-untyped-call]
+            for param in self._dead
+            if param.requires_grad
+        ]
+        self._zero_gradients()
+        self._zero_weights_and_state()
+
+    @torch.no_grad()
+    def _zero_gradient(self, param: Tensor) -> None:
+        if param.grad is not None:
+            param.grad.masked_fill_(self._dead[param], 0)  # type: ignore[index]
+
+    def _zero_gradients(self) -> None:
+        for param in self._dead:
+            self._zero_gradient(param)
+
+    @torch.no_grad()
+    def _zero_weights_and_state(self) -> None:
+        for param, dead in self._dead.items():
+            param.masked_fill_(dead, 0)
+            for value in self._optimizer.state.get(param, {}).values():
+                if isinstance(value, Tensor) and value.shape == param.shape:
+                    value.masked_fill_(dead, 0)
+
+    def remove(self) -> None:
+        """Stop enforcing; blocks may grow again from now on."""
+        for handle in self._handles:
+            with suppress(KeyError):
+                handle.remove()
+        self._handles = []

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house rule: a file imports only from files above it. Written before the code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "dessilbi"
+
+# From the ground up. A package stands for all of its files, which may import each other.
+ORDER = [
+    "storage",  # durable files, no torch
+    "naming",  # canonical parameter names
+    "structure",  # block shapes
+    "kernels",  # one step, several speeds
+    "ticket",  # block masks
+    "runs",  # the run folder, no torch
+    "dual",  # reading V: norms, units, Gamma, support
+    "optimizer",
+    "wrapping",
+    "graph",
+    "groups",
+    "planning",
+    "calibration",
+    "selection",  # scores -> ticket of a wanted density
+    "history",  # recorded points and their file
+    "path",
+    "compaction",
+    "growth",
+    "exporting",
+    "training",
+    "reporting",
+    "integrations",
+    "testing",
+    "cli",
+    "__main__",
+]
+NO_TORCH_AT_IMPORT = {"storage", "runs", "cli", "__main__", "__init__"}
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """First-level dessilbi modules that this file imports, wherever the import stands."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            parts = node.module.split(".")
+            if parts[0] == "dessilbi":
+                found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split(".")
+                if parts[0] == "dessilbi":
+                    found.add(parts[1] if len(parts) > 1 else "__init__")
+    return found
+
+
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def test_the_source_tree_is_found():
+    assert len(FILES) >= 5
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_only_from_files_above(path):
+    module = module_of(path)
+    if module == "__init__":
+        return
+    assert module in ORDER, f"{module} has no place in the order"
+    for imported in imports_of(ast.parse(path.read_text())):
+        assert imported in ORDER, f"{path.name} imports {imported}, which has no place"
+        assert imported == module or ORDER.index(imported) < ORDER.index(module), (
+            f"{path.name} imports {imported}, which stands below it"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_relative_imports_are_not_used(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ImportFrom) and node.level > 0)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_light_modules_do_not_load_torch_at_import(path):
+    if module_of(path) not in NO_TORCH_AT_IMPORT or path.parent != SRC:
+        return
+    for node in ast.parse(path.read_text()).body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        assert not any(name.split(".")[0] == "torch" for name in names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_files_carry_their_licence_and_stay_one_concept(path):
+    text = path.read_text()
+    assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    assert len(text.splitlines()) <= 400, "is there a second concept in it?"
