@@ -17,6 +17,7 @@ ORDER = [
     "ticket",  # block masks
     "runs",  # the run folder, no torch
     "dual",  # reading V: norms, units, Gamma, support
+    "options",  # allowed values of a param group
     "optimizer",
     "wrapping",
     "graph",

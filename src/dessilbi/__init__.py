@@ -8,14 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dessilbi.optimizer import DessiLBI as DessiLBI
     from dessilbi.ticket import Ticket as Ticket
 
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
+    "DessiLBI": "dessilbi.optimizer",
     "Ticket": "dessilbi.ticket",
 }
-__all__ = ["Ticket", "__version__"]
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DessiLBI, the optimizer: W learns as under SGD, and V integrates towards the sparse Gamma.
+
+The class only keeps books: the arithmetic is in ``kernels``, what can be read off V in ``dual``.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dessilbi import dual
+from dessilbi.kernels import foreach_step_, reference_step_
+from dessilbi.options import check_group
+from dessilbi.structure import Block, Structure, resolve
+from dessilbi.ticket import Ticket
+
+
+class DessiLBI(Optimizer):
+    r"""Split linearised Bregman iteration: dense weights W, and beside them a sparse Gamma.
+
+    One step, with g the gradient and V_0 = 0 (docs/mathematics.md):
+
+        g' = g + weight_decay W;  m = momentum m + (1 - dampening) g';  d = m  (or g' + momentum m)
+        W  <- W - kappa lr (d + (W - Gamma)/nu)
+        V  <- V + lr (W - Gamma)/nu                (old W and Gamma in both lines)
+        Gamma = kappa prox(V),   prox(V)_g = max(0, 1 - lam_g/||V_g||) V_g
+
+    Parameters without a structure follow torch.optim.SGD with learning rate kappa lr. Every keyword
+    may be set per param group; :func:`dessilbi.param_groups` builds groups from a model.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of either. Names are needed by
+            :meth:`gamma`, :meth:`support` and Path only.
+        lr: alpha, the step of path time; W moves by kappa * lr. A float or a one-element tensor.
+        kappa: Scale between V and Gamma. Redundant: (lr, kappa, nu, lam) gives the W of
+            (kappa lr, 1, nu, kappa lam).
+        nu: The coupling's strength is 1/nu. What matters is R = T/nu, T = kappa * (sum of lr over
+            the whole run): about 10 is a good start, under 3 too weak to make a good ticket.
+        lam: Threshold of ||V||; a block enters about when the norm of its time-averaged weight
+            exceeds lam nu / (path time). ``inf`` keeps Gamma at zero.
+        momentum: As in torch.optim.SGD, on the gradient alone: the coupling stays outside.
+        dampening: As in torch.optim.SGD.
+        weight_decay: As in torch.optim.SGD. Rarely useful on structured weights, because 1/nu
+            already decays what is not selected.
+        nesterov: As in torch.optim.SGD.
+        structure: Block shape (see :mod:`dessilbi.structure`), or None: plain SGD.
+        unit: Name of the unit the group's tensors belong to; blocks of a unit live or die together.
+        block_scale: "unit": lam_g = lam; "sqrt": lam_g = lam sqrt(|g|).
+        maximize: Maximise the objective instead.
+        foreach: Use torch's multi-tensor operators; None: where that is faster (not on the CPU).
+
+    State per parameter: ``v`` (float32 or wider whatever the weights are; structured ones only) and
+    ``momentum_buffer`` (if momentum is not 0). Gamma is never stored.
+
+    Raises:
+        ValueError: An argument is out of range, or a structure does not fit its tensor.
+
+    >>> model = torch.nn.Linear(8, 4)
+    >>> optimizer = DessiLBI(model.named_parameters(), lr=0.1, nu=10.0, lam=0.1, structure="layer")
+    >>> model(torch.ones(2, 8)).square().mean().backward()
+    >>> optimizer.step()
+    >>> optimizer.support().density
+    0.0
+
+    Reference: Fu et al., DessiLBI (ICML 2020, arXiv 2007.02010); Fu et al., Exploring Structural
+    Sparsity of Deep Networks via Inverse Scale Spaces (TPAMI 2022, arXiv 1905.09449).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.1,
+        *,
+        kappa: float = 1.0,
+        nu: float = 100.0,
+        lam: float = 1.0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        structure: Structure | None = None,
+        unit: str | None = None,
+        block_scale: str = "unit",
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ):
+        defaults = {
+            "lr": lr,
+            "kappa": kappa,
+            "nu": nu,
+            "lam": lam,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "structure": structure,
+            "unit": unit,
+            "block_scale": block_scale,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        self._placeholders: set[Tensor] = set()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its structure is checked against its tensors before it is accepted.
+
+        Raises:
+            ValueError: An option is out of range or does not fit; the optimizer is unchanged.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+            dual.units_of(dual.members(self))
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill in options that older checkpoints do not have."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        self._placeholders = set()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Advance all parameters that have a gradient.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss; called once, with gradients on.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: A gradient is sparse, or members of a unit no longer agree.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if is_phantom_step(self):
+            self._create_state()
+            return loss
+        found = [
+            m for m in dual.members(self) if m.param.grad is not None or m.group["unit"] is not None
+        ]
+        scales = dual.shrink_scales(self, found)
+        for group in self.param_groups:
+            self._step_group(group, scales)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], scales: dict[Tensor, Tensor | None]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        grads = [_dense_gradient(p) for p in params]
+        states = [self.state[p] for p in params]
+        structure = group["structure"]
+        vs: list[Tensor | None] = [None] * len(params)
+        blocks: list[Block | None] = [None] * len(params)
+        if structure is not None:
+            vs = [self._v_of(p) for p in params]
+            blocks = [resolve(structure, p.shape) for p in params]
+        buffers = [
+            None if p in self._placeholders else state.get("momentum_buffer")
+            for p, state in zip(params, states, strict=True)
+        ]
+        kernel = foreach_step_ if _use_foreach(group["foreach"], params) else reference_step_
+        kernel(
+            params,
+            grads,
+            buffers,
+            vs,
+            [scales.get(p) for p in params],
+            blocks,
+            lr=group["lr"],
+            kappa=group["kappa"],
+            nu=group["nu"],
+            lam=group["lam"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if group["momentum"] != 0:
+            for state, buffer in zip(states, buffers, strict=True):
+                state["momentum_buffer"] = buffer
+            self._placeholders.difference_update(params)
+
+    def _v_of(self, param: Tensor) -> Tensor:
+        """V of a parameter, created as zeros on its first step."""
+        state = self.state[param]
+        if dual.STATE_KEY not in state:
+            state[dual.STATE_KEY] = torch.zeros_like(
+                param,
+                dtype=torch.promote_types(param.dtype, torch.float32),
+                memory_format=torch.preserve_format,
+            )
+        v: Tensor = state[dual.STATE_KEY]
+        return v
+
+    def _create_state(self) -> None:
+        """Give every parameter its state without a step, for checkpoints that load in place.
+
+        A momentum buffer made here stands in for "none yet": the first real step fills it as
+        torch.optim.SGD fills its first one, without dampening.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if group["structure"] is not None:
+                    self._v_of(param)
+                if group["momentum"] != 0 and "momentum_buffer" not in self.state[param]:
+                    self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+                    self._placeholders.add(param)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; V keeps float32 (or wider) under low-precision weights.
+
+        torch casts all floating state to the parameter's dtype, which would ruin V. Loaded
+        tensors are copies: the given state dict stays the caller's.
+        """
+        loaded: dict[str, Any] = {}
+        # Registered last, so that it sees what all other hooks made of the state dict.
+        pre = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
+        # First among the post hooks, so that the users' see the state as it will be.
+        post = self.register_load_state_dict_post_hook(
+            lambda _: self._copy_loaded(loaded), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            pre.remove()
+            post.remove()
+
+    def _copy_loaded(self, loaded: dict[str, Any]) -> None:
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, param in zip(ids, params, strict=True):
+            given = loaded["state"].get(i, {})
+            for key, value in self.state.get(param, {}).items():
+                if key == dual.STATE_KEY:
+                    wide = torch.promote_types(param.dtype, torch.float32)
+                    value = given[key].to(device=param.device, dtype=wide)
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.clone() if value is given.get(key) else value
+
+    def gamma(self) -> dict[str, Tensor]:
+        """Return Gamma = kappa prox(V) of every structured tensor, by name.
+
+        Raises:
+            ValueError: No group has a structure, or the parameters have no names.
+        """
+        return dual.gamma(self)
+
+    def support(self) -> Ticket:
+        """Return supp(Gamma) as a :class:`~dessilbi.ticket.Ticket`.
+
+        Raises:
+            ValueError: No group has a structure, or the parameters have no names.
+        """
+        return dual.support(self)
+
+
+def _dense_gradient(param: Tensor) -> Tensor:
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse:
+        raise ValueError(
+            f"the gradient of a parameter of shape {tuple(param.shape)} is sparse: DessiLBI needs "
+            f"dense gradients; give that parameter (an Embedding with sparse=True?) to "
+            f"torch.optim.SparseAdam"
+        )
+    return grad
+
+
+def _use_foreach(foreach: bool | None, params: list[Tensor]) -> bool:
+    if foreach is None:
+        # As torch.optim: worth it where launches cost, which is not on the CPU.
+        return all(p.device.type in ("cuda", "xpu") for p in params)
+    return foreach
+
+
+def is_phantom_step(optimizer: Optimizer) -> bool:
+    """Return whether this step only asks for state: every lr is 0 and all gradients are zero.
+
+    Distributed checkpointing makes an optimizer create its state by such a step. A step with
+    lr 0 and real gradients is a step.
+    """
+    if any(_is_nonzero(group["lr"]) for group in optimizer.param_groups):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return not any(bool(grad.any()) for grad in grads if grad is not None)
+
+
+def _is_nonzero(lr: float | Tensor) -> bool:
+    # Reading a tensor on an accelerator would wait for it; checkpointing puts its zero on the CPU.
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return True
+    return float(lr) != 0.0
