@@ -51,7 +51,8 @@ def imports_of(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             parts = node.module.split(".")
             if parts[0] == "dessilbi":
-                found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+                names = {alias.name for alias in node.names}
+                found |= {parts[1]} if len(parts) > 1 else names - {"__version__"}
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 parts = alias.name.split(".")

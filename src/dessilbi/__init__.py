@@ -8,14 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dessilbi.groups import param_groups as param_groups
     from dessilbi.optimizer import DessiLBI as DessiLBI
+    from dessilbi.path import Path as Path
     from dessilbi.ticket import Ticket as Ticket
 
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
     "DessiLBI": "dessilbi.optimizer",
+    "Path": "dessilbi.path",
     "Ticket": "dessilbi.ticket",
+    "param_groups": "dessilbi.groups",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -7,6 +7,7 @@ die together.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -30,6 +31,11 @@ from dessilbi.structure import (
 from dessilbi.ticket import TensorSpec, Ticket
 
 STATE_KEY = "v"
+
+
+def dual_dtype(param: Tensor) -> torch.dtype:
+    """Return the dtype of V: float32 or wider, because V integrates tiny steps."""
+    return torch.promote_types(param.dtype, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +84,7 @@ def named_members(optimizer: Optimizer) -> list[Member]:
     """Return the structured tensors under their canonical names.
 
     Raises:
-        ValueError: There is no structured group, or the parameters have no names.
+        ValueError: There is no structured group, or the parameters have no names of their own.
     """
     found = members(optimizer)
     if not found:
@@ -93,6 +99,12 @@ def named_members(optimizer: Optimizer) -> list[Member]:
         )
     everything = [name for group in optimizer.param_groups for name in group["param_names"]]
     canonical = dict(zip(everything, canonical_names(everything), strict=True))
+    counts = Counter(canonical[member.name] for member in found)
+    if counts and counts.most_common(1)[0][1] > 1:
+        raise ValueError(
+            f"two structured tensors are both called {counts.most_common(1)[0][0]!r}: "
+            f"give every parameter a name of its own"
+        )
     return [Member(canonical[m.name], m.param, m.block, m.group) for m in found]
 
 
@@ -162,8 +174,7 @@ def unit_norms(optimizer: Optimizer, unit: Sequence[Member]) -> Tensor:
 def _member_norms(optimizer: Optimizer, member: Member) -> Tensor:
     v = optimizer.state.get(member.param, {}).get(STATE_KEY)
     if v is None:
-        dtype = torch.promote_types(member.param.dtype, torch.float32)
-        return torch.zeros(member.grid, dtype=dtype, device=member.param.device)
+        return torch.zeros(member.grid, dtype=dual_dtype(member.param), device=member.param.device)
     return block_norms(v, member.block)
 
 
@@ -180,7 +191,9 @@ def shrink_scales(optimizer: Optimizer, found: Sequence[Member]) -> dict[Tensor,
             continue
         scale = shrink_scale(unit_norms(optimizer, unit), threshold(unit))
         for member in unit:
-            scales[member.param] = scale.reshape(member.grid).to(member.param.device)
+            scales[member.param] = scale.reshape(member.grid).to(
+                member.param.device, dual_dtype(member.param)
+            )
     return scales
 
 
@@ -197,8 +210,7 @@ def gamma(optimizer: Optimizer) -> dict[str, Tensor]:
     for member in found:
         v = optimizer.state.get(member.param, {}).get(STATE_KEY)
         if v is None:
-            dtype = torch.promote_types(member.param.dtype, torch.float32)
-            result[member.name] = torch.zeros_like(member.param, dtype=dtype)
+            result[member.name] = torch.zeros_like(member.param, dtype=dual_dtype(member.param))
             continue
         kappa, lam = float(member.group["kappa"]), threshold([member])
         scale = scales[member.param]

@@ -125,7 +125,11 @@ class DessiLBI(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        self._placeholders = set()
+        self._placeholders = state.get("_placeholders", set())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Carry the marks of placeholder buffers through deepcopy and pickle."""
+        return {**super().__getstate__(), "_placeholders": self._placeholders}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -154,6 +158,8 @@ class DessiLBI(Optimizer):
         found = [
             m for m in dual.members(self) if m.param.grad is not None or m.group["unit"] is not None
         ]
+        for group in self.param_groups:
+            _check_gradients(group)  # all of them, before anything moves
         scales = dual.shrink_scales(self, found)
         for group in self.param_groups:
             self._step_group(group, scales)
@@ -163,7 +169,7 @@ class DessiLBI(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
-        grads = [_dense_gradient(p) for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         states = [self.state[p] for p in params]
         structure = group["structure"]
         vs: list[Tensor | None] = [None] * len(params)
@@ -175,6 +181,7 @@ class DessiLBI(Optimizer):
             None if p in self._placeholders else state.get("momentum_buffer")
             for p, state in zip(params, states, strict=True)
         ]
+        lr = group["lr"]
         kernel = foreach_step_ if _use_foreach(group["foreach"], params) else reference_step_
         kernel(
             params,
@@ -183,7 +190,7 @@ class DessiLBI(Optimizer):
             vs,
             [scales.get(p) for p in params],
             blocks,
-            lr=group["lr"],
+            lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
             kappa=group["kappa"],
             nu=group["nu"],
             lam=group["lam"],
@@ -204,7 +211,7 @@ class DessiLBI(Optimizer):
         if dual.STATE_KEY not in state:
             state[dual.STATE_KEY] = torch.zeros_like(
                 param,
-                dtype=torch.promote_types(param.dtype, torch.float32),
+                dtype=dual.dual_dtype(param),
                 memory_format=torch.preserve_format,
             )
         v: Tensor = state[dual.STATE_KEY]
@@ -234,7 +241,9 @@ class DessiLBI(Optimizer):
         """
         loaded: dict[str, Any] = {}
         # Registered last, so that it sees what all other hooks made of the state dict.
-        pre = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
+        pre = self.register_load_state_dict_pre_hook(
+            lambda _, given: loaded.update(self._completed(given)) or loaded
+        )
         # First among the post hooks, so that the users' see the state as it will be.
         post = self.register_load_state_dict_post_hook(
             lambda _: self._copy_loaded(loaded), prepend=True
@@ -245,6 +254,14 @@ class DessiLBI(Optimizer):
             pre.remove()
             post.remove()
 
+    def _completed(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Options that the saved groups do not have (those of torch's SGD) stay as they are."""
+        groups = given["param_groups"]
+        if len(groups) == len(self.param_groups):
+            kept = [{k: g[k] for k in self.defaults} for g in self.param_groups]
+            groups = [old | new for old, new in zip(kept, groups, strict=True)]
+        return {**given, "param_groups": groups}
+
     def _copy_loaded(self, loaded: dict[str, Any]) -> None:
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -252,8 +269,7 @@ class DessiLBI(Optimizer):
             given = loaded["state"].get(i, {})
             for key, value in self.state.get(param, {}).items():
                 if key == dual.STATE_KEY:
-                    wide = torch.promote_types(param.dtype, torch.float32)
-                    value = given[key].to(device=param.device, dtype=wide)
+                    value = given[key].to(device=param.device, dtype=dual.dual_dtype(param))
                 if isinstance(value, Tensor):
                     self.state[param][key] = value.clone() if value is given.get(key) else value
 
@@ -274,16 +290,14 @@ class DessiLBI(Optimizer):
         return dual.support(self)
 
 
-def _dense_gradient(param: Tensor) -> Tensor:
-    grad = param.grad
-    assert grad is not None
-    if grad.is_sparse:
-        raise ValueError(
-            f"the gradient of a parameter of shape {tuple(param.shape)} is sparse: DessiLBI needs "
-            f"dense gradients; give that parameter (an Embedding with sparse=True?) to "
-            f"torch.optim.SparseAdam"
-        )
-    return grad
+def _check_gradients(group: dict[str, Any]) -> None:
+    for param in group["params"]:
+        if param.grad is not None and param.grad.is_sparse:
+            raise ValueError(
+                f"the gradient of a parameter of shape {tuple(param.shape)} is sparse: DessiLBI "
+                f"needs dense gradients; give that parameter (an Embedding with sparse=True?) to "
+                f"torch.optim.SparseAdam"
+            )
 
 
 def _use_foreach(foreach: bool | None, params: list[Tensor]) -> bool:

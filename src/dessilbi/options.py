@@ -55,6 +55,8 @@ def check_group(group: dict[str, Any]) -> None:
     for name, value, fine, allowed in ranges:
         if not fine:
             raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+    for name in ("kappa", "nu", "lam", "momentum", "weight_decay", "dampening"):
+        group[name] = float(group[name])  # a plain value that survives torch.load
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             f"nesterov=True with momentum={group['momentum']!r} and "
@@ -86,6 +88,8 @@ def _check_structure(group: dict[str, Any]) -> None:
 
 def _number(name: str, value: object) -> float:
     try:
+        if isinstance(value, str):
+            raise TypeError
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}={value!r} is not allowed: it must be a number") from None

@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ def append_line(path: str | Path, value: Mapping[str, Any]) -> None:
         OSError: The line could not be written; every earlier line is still there.
     """
     data = (to_json(value) + "\n").encode()
-    with Path(path).open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
+    with Path(path).open("ab+", buffering=0) as file:
+        end = _cut_torn_line(file)
         try:
             written = file.write(data)
             if written != len(data):
@@ -128,6 +129,18 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
                 f"restore it from a copy or train again"
             )
         yield value
+
+
+def _cut_torn_line(file: FileIO) -> int:
+    """Remove a last line that a killed process left unfinished; return the file's end."""
+    end = file.seek(0, os.SEEK_END)
+    if end:
+        file.seek(end - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            end = (file.readall() or b"").rfind(b"\n") + 1
+            file.truncate(end)
+    return end
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

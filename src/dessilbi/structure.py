@@ -53,8 +53,15 @@ def resolve(structure: Structure, shape: Sequence[int], *, name: str = "tensor")
 
 
 def _as_tuple(structure: object, name: str) -> Block:
-    if not isinstance(structure, Sequence):
+    if not isinstance(structure, Sequence) or isinstance(structure, bytes):
         raise ValueError(f"structure {structure!r} of {name} is not allowed: use {_ALLOWED}")
+    # Checked before the cache below, which takes True and 1.0 for 1.
+    for length in structure:
+        if length is not None and (type(length) is not int or length < 1):
+            raise ValueError(
+                f"structure {structure!r} of {name} has the block length {length!r}: "
+                f"each entry is a whole number >= 1 or None"
+            )
     return tuple(structure)
 
 
@@ -67,14 +74,7 @@ def _resolve(structure: str | Block, shape: tuple[int, ...], name: str) -> Block
             f"give one block length (or None) for each of its {len(shape)} dimensions"
         )
     for dim, (length, size) in enumerate(zip(block, shape, strict=True)):
-        if length is None:
-            continue
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise ValueError(
-                f"structure {structure!r} of {name} has the block length {length!r}: "
-                f"each entry is a whole number >= 1 or None"
-            )
-        if size % length:
+        if length is not None and size % length:
             raise ValueError(
                 f"structure {structure!r} does not divide {name} of shape {shape}: blocks of "
                 f"{length} do not fit dimension {dim} of size {size}; choose a divisor or None"
@@ -211,9 +211,14 @@ def shrink(x: Tensor, block: Block, lam: float) -> Tensor:
     Returns:
         A new tensor shaped like ``x``.
 
+    Raises:
+        ValueError: ``lam`` is negative or NaN.
+
     >>> shrink(torch.tensor([-3.0, 0.5]), (1,), 1.0)
     tensor([-2.,  0.])
     """
+    if not lam >= 0:
+        raise ValueError(f"lam={lam!r} is not allowed: it must be >= 0 (inf is allowed)")
     return x * expand(shrink_scale(block_norms(x, block), lam), block, x.shape)
 
 
@@ -221,12 +226,10 @@ def shrink_scale(norms: Tensor, lam: float) -> Tensor:
     """Return max(0, 1 - lam / norm), positive exactly where norm > lam.
 
     Written as (norm - lam) / norm: the difference of two close floats is exact, so the factor never
-    rounds to 0 for a block above the threshold, and a zero norm gives -inf, hence 0. At lam = 0
-    a zero block keeps the factor 1 (0/0 is replaced), as the identity should.
+    rounds to 0 for a block above the threshold.
 
     >>> shrink_scale(torch.tensor([0.0, 1.0, 4.0]), 1.0)
     tensor([0.0000, 0.0000, 0.7500])
     """
-    if lam == 0:
-        return torch.ones_like(norms)
-    return ((norms - lam) / norms).clamp_(min=0)
+    # A NaN norm must stay visible, so the test is for "not above", not for "above".
+    return torch.where(norms <= lam, 0.0, (norms - lam) / norms)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ticket: which blocks of which tensors live. Support, mask and ticket are this one noun."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -16,12 +17,24 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dessilbi.naming import canonical_name, unwrap
+from dessilbi.naming import canonical_names, unwrap
 from dessilbi.storage import to_json, write_atomic
 from dessilbi.structure import Block, block_size, expand, grid_shape, resolve
 
 FORMAT = "dessilbi.ticket"
 VERSION = 1
+
+# What reading a damaged or hostile file can raise, before we say so in one sentence.
+_UNREADABLE = (
+    safetensors.SafetensorError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,6 @@ class TensorSpec:
         return block_size(self.block, self.shape)
 
 
-@dataclass(frozen=True)
 class Ticket(Mapping[str, Tensor]):
     """An immutable mapping from parameter name to a boolean mask with one entry per block.
 
@@ -72,60 +84,71 @@ class Ticket(Mapping[str, Tensor]):
     0.5
     """
 
-    masks: Mapping[str, Tensor]
-    specs: Mapping[str, TensorSpec]
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    __slots__ = ("_masks", "_origin", "_specs")
 
-    def __post_init__(self) -> None:
-        """Copy and check."""
-        if set(self.masks) != set(self.specs):
-            odd = sorted(set(self.masks) ^ set(self.specs))
+    def __init__(
+        self,
+        masks: Mapping[str, Tensor],
+        specs: Mapping[str, TensorSpec],
+        origin: Mapping[str, Any] | None = None,
+    ):
+        if set(masks) != set(specs):
+            odd = sorted(set(masks) ^ set(specs))
             raise ValueError(f"masks and specs name different tensors: {', '.join(odd)}")
-        masks = {}
-        for name, mask in self.masks.items():
-            if mask.dtype != torch.bool or tuple(mask.shape) != self.specs[name].grid:
+        self._masks = {}
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool or tuple(mask.shape) != specs[name].grid:
                 raise ValueError(
                     f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: "
-                    f"it must be torch.bool of shape {self.specs[name].grid}, one entry per block"
+                    f"it must be torch.bool of shape {specs[name].grid}, one entry per block"
                 )
-            masks[name] = mask.detach().to("cpu", copy=True)
-        object.__setattr__(self, "masks", MappingProxyType(masks))
-        object.__setattr__(self, "specs", MappingProxyType(dict(self.specs)))
-        object.__setattr__(self, "origin", MappingProxyType(dict(self.origin)))
+            self._masks[name] = mask.detach().to("cpu", copy=True)
+        self._specs = MappingProxyType({name: specs[name] for name in masks})
+        self._origin = MappingProxyType(dict(origin or {}))
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Shape and block of each tensor, by name."""
+        return self._specs
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """Where the ticket came from: plain values."""
+        return self._origin
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a copy of the block mask of ``name``."""
-        return self.masks[name].clone()
+        return self._masks[name].clone()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.masks)
+        return iter(self._masks)
 
     def __len__(self) -> int:
-        return len(self.masks)
+        return len(self._masks)
 
     def __eq__(self, other: object) -> bool:
         """Tickets are equal if they cut the same tensors alike and keep the same blocks."""
         if not isinstance(other, Ticket):
             return NotImplemented
         return self.specs == other.specs and all(
-            torch.equal(mask, other.masks[name]) for name, mask in self.masks.items()
+            torch.equal(mask, other._masks[name]) for name, mask in self._masks.items()
         )
 
     __hash__ = None  # type: ignore[assignment]  # equal by content, like other mappings
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Ticket, (dict(self.masks), dict(self.specs), dict(self.origin))
+        return Ticket, (dict(self._masks), dict(self.specs), dict(self.origin))
 
     def mask_of(self, name: str) -> Tensor:
-        """Return the element-wise mask of a tensor (a view where possible: do not write to it)."""
+        """Return the element-wise mask of a tensor, a bool tensor of its shape."""
         spec = self.specs[name]
-        return expand(self.masks[name], spec.block, spec.shape)
+        return expand(self._masks[name], spec.block, spec.shape).clone()
 
     @property
     def kept_elements(self) -> int:
         """Number of elements in living blocks."""
         return sum(
-            int(mask.sum()) * self.specs[name].block_size for name, mask in self.masks.items()
+            int(mask.sum()) * self.specs[name].block_size for name, mask in self._masks.items()
         )
 
     @property
@@ -142,7 +165,7 @@ class Ticket(Mapping[str, Tensor]):
         """Share of blocks kept, per tensor."""
         return {
             name: float(mask.float().mean()) if mask.numel() else 0.0
-            for name, mask in self.masks.items()
+            for name, mask in self._masks.items()
         }
 
     def density_of_model(self, model: nn.Module) -> float:
@@ -161,17 +184,22 @@ class Ticket(Mapping[str, Tensor]):
         """
         parameters = self._parameters_of(model)
         with torch.no_grad():
-            for name in self.masks:
+            for name in self._masks:
                 param = parameters[name]
                 param.masked_fill_(~self.mask_of(name).to(param.device), 0)
         return model
 
     def _parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        parameters = {canonical_name(n): p for n, p in unwrap(model).named_parameters()}
+        own = dict(unwrap(model).named_parameters())
+        parameters = dict(zip(canonical_names(list(own)), own.values(), strict=True))
         for name, spec in self.specs.items():
             shape = tuple(parameters[name].shape) if name in parameters else None
             if shape != spec.shape:
-                has = f"has it with shape {shape}" if shape else "has no parameter of that name"
+                has = (
+                    "has no parameter of that name"
+                    if shape is None
+                    else f"has it with shape {shape}"
+                )
                 raise ValueError(
                     f"this ticket is for another model: it needs {name} with shape {spec.shape} "
                     f"but the model {has}; pass the model the ticket was made from"
@@ -196,7 +224,18 @@ class Ticket(Mapping[str, Tensor]):
             ValueError: As :meth:`apply_`.
         """
         parameters = self._parameters_of(model)
-        return Enforcement({parameters[name]: self.mask_of(name) for name in self.masks}, optimizer)
+        return Enforcement(
+            {parameters[name]: self.mask_of(name) for name in self._masks}, optimizer
+        )
+
+    def digest(self) -> str:
+        """Return a checksum of what the ticket keeps of which tensors (not of its origin)."""
+        told = hashlib.sha256()
+        for name in sorted(self._masks):
+            spec = self.specs[name]
+            told.update(to_json([name, spec.shape, spec.block]).encode())
+            told.update(pack_bits(self._masks[name]).tobytes())
+        return told.hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write the ticket as one safetensors file (one bit per block, a JSON header)."""
@@ -208,8 +247,9 @@ class Ticket(Mapping[str, Tensor]):
                 for name, spec in self.specs.items()
             },
             "origin": dict(self.origin),
+            "sha256": self.digest(),
         }
-        bits = {name: torch.from_numpy(pack_bits(mask)) for name, mask in self.masks.items()}
+        bits = {name: torch.from_numpy(pack_bits(mask)) for name, mask in self._masks.items()}
         write_atomic(path, safetensors.torch.save(bits, metadata={"ticket": to_json(header)}))
 
     @classmethod
@@ -226,7 +266,7 @@ class Ticket(Mapping[str, Tensor]):
             with safetensors.safe_open(str(path), framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("ticket", "{}"))
                 return cls._from_file(header, file)
-        except (safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
+        except _UNREADABLE as error:
             detail = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"{path} is not a readable ticket ({detail}): "
@@ -235,7 +275,7 @@ class Ticket(Mapping[str, Tensor]):
 
     @classmethod
     def _from_file(cls, header: Any, file: Any) -> "Ticket":
-        if header.get("format") != FORMAT:
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ValueError("no ticket header")
         if header.get("version") != VERSION:
             raise ValueError(
@@ -248,14 +288,17 @@ class Ticket(Mapping[str, Tensor]):
         masks = {
             name: unpack_bits(file.get_tensor(name), spec.grid) for name, spec in specs.items()
         }
-        return cls(masks, specs, header.get("origin", {}))
+        ticket = cls(masks, specs, header.get("origin", {}))
+        if ticket.digest() != header.get("sha256"):
+            raise ValueError("its content does not match its checksum")
+        return ticket
 
     def __repr__(self) -> str:
         """One line on the whole, then one per tensor."""
         kept = f"kept {self.kept_elements:,} of {self.total_elements:,} elements"
         lines = [f"Ticket(density={self.density:.4g}, {kept}{_describe(self.origin)})"]
-        width = max((len(name) for name in self.masks), default=0)
-        for name, mask in self.masks.items():
+        width = max((len(name) for name in self._masks), default=0)
+        for name, mask in self._masks.items():
             blocks = f"{int(mask.sum()):,} of {mask.numel():,} blocks"
             lines.append(f"  {name:{width}}  {blocks}  {self.specs[name].block}")
         return "\n".join(lines)
@@ -296,9 +339,15 @@ class Enforcement:
     def __init__(self, masks: Mapping[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer):
         self._dead = {param: ~mask.to(param.device) for param, mask in masks.items()}
         self._optimizer = optimizer
+        trained = {param for group in optimizer.param_groups for param in group["params"]}
+        if self._dead and trained.isdisjoint(self._dead):
+            raise ValueError(
+                "this optimizer trains none of the ticket's tensors: pass the one that trains "
+                "this model"
+            )
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(lambda *_: self._zero_gradients()),
-            optimizer.register_step_post_hook(lambda *_: self._zero_weights_and_state()),
+            optimizer.register_step_post_hook(lambda *_: self._zero_all()),
         ]
         # Masked as soon as they are there, so that gradient clipping sees what a model without
         # the dead blocks would see, and so that closures are covered.
@@ -307,6 +356,9 @@ class Enforcement:
             for param in self._dead
             if param.requires_grad
         ]
+        self._zero_all()
+
+    def _zero_all(self) -> None:
         self._zero_gradients()
         self._zero_weights_and_state()
 

@@ -2,7 +2,6 @@
 """The step, one tensor at a time, as the mathematics states it (docs/mathematics.md)."""
 
 from torch import Tensor
-from torch.nn.functional import softshrink
 
 from dessilbi.structure import Block, expand
 
@@ -22,7 +21,8 @@ def gamma_of(v: Tensor, scale: Tensor | None, block: Block, *, kappa: float, lam
         A new tensor shaped like ``v``.
     """
     if scale is None:
-        gamma = softshrink(v, lam)
+        # Soft-thresholding, written so that an infinite threshold is no special case.
+        gamma = v - v.clamp(-lam, lam)
         return gamma if kappa == 1 else gamma.mul_(kappa)
     return v * expand(scale * kappa, block, v.shape)
 

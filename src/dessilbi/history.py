@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""History: the recorded points of a run, which block was in supp(Gamma) at each, and their file.
+
+Supports are kept as packed bits, each as the compressed difference to the point before. The file
+is JSON lines, only ever appended to: a header, then points, logs and thinnings as they happen.
+"""
+
+import base64
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dessilbi.storage import append_line, from_number, read_lines
+from dessilbi.ticket import TensorSpec, pack_bits, unpack_bits
+
+FORMAT = "dessilbi.path"
+VERSION = 1
+NEVER = -1
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recorded moment of a run.
+
+    Args:
+        step: Optimizer steps done.
+        time: Path time, the sum of lr over these steps.
+        density: Share of elements in supp(Gamma).
+        by_hand: Recorded on request; such points are never thinned away.
+        metrics: What was logged at this point; grows by :meth:`History.log`.
+    """
+
+    step: int
+    time: float
+    density: float
+    by_hand: bool = False
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class History:
+    """Points, supports and first entries of a set of structured tensors.
+
+    Args:
+        specs: name -> shape and block.
+        units: name -> unit name, or None.
+        file: Where to append every change; None keeps the history in memory only.
+
+    Raises:
+        FileExistsError: The file exists already.
+        OSError: The file cannot be written.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, TensorSpec],
+        units: Mapping[str, str | None],
+        file: str | FilePath | None = None,
+    ):
+        self.specs = dict(specs)
+        self.units = {name: units.get(name) for name in specs}
+        self.points: list[Point] = []
+        self.entries = {
+            name: torch.full(spec.grid, NEVER, dtype=torch.int64) for name, spec in specs.items()
+        }
+        self._deltas: list[bytes] = []
+        self._last: Bytes = np.zeros(self._num_bytes, np.uint8)
+        self.file: FilePath | None = None
+        if file is not None:
+            if FilePath(file).exists():
+                raise FileExistsError(f"{file} exists already: a path is never overwritten")
+            append_line(file, self._header())
+            self.file = FilePath(file)
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum((spec.num_blocks + 7) // 8 for spec in self.specs.values())
+
+    def _header(self) -> dict[str, Any]:
+        tensors = {
+            name: {"shape": spec.shape, "block": spec.block, "unit": self.units[name]}
+            for name, spec in self.specs.items()
+        }
+        return {"format": FORMAT, "version": VERSION, "tensors": tensors}
+
+    def add(self, point: Point, masks: Mapping[str, Tensor]) -> None:
+        """Append a point with its support; the file is written before memory changes.
+
+        Raises:
+            OSError: The file cannot be written; the history is as before.
+        """
+        bits = np.concatenate([pack_bits(masks[name]) for name in self.specs])
+        delta = zlib.compress((bits ^ self._last).tobytes(), level=1)
+        self._write(
+            {
+                "point": {
+                    "step": point.step,
+                    "time": point.time,
+                    "density": point.density,
+                    "by_hand": point.by_hand,
+                },
+                "delta": base64.b64encode(delta).decode(),
+                "crc": zlib.crc32(bits.tobytes()),
+            }
+        )
+        self._take(point, delta, bits)
+
+    def _take(self, point: Point, delta: bytes, bits: Bytes) -> None:
+        self.points.append(point)
+        self._deltas.append(delta)
+        self._last = bits
+        for name, mask in self._unpack(bits).items():
+            entry = self.entries[name]
+            entry[mask & (entry == NEVER)] = point.step
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Attach metrics to the latest point.
+
+        Raises:
+            ValueError: Nothing has been recorded yet.
+            OSError: The file cannot be written.
+        """
+        if not self.points:
+            raise ValueError("there is no recorded point to log to yet: call record() first")
+        self._write({"log": {"step": self.points[-1].step, "metrics": dict(metrics)}})
+        self.points[-1].metrics.update(metrics)
+
+    def thin(self, every: int) -> None:
+        """Drop points that were not recorded by hand and whose step ``every`` does not divide.
+
+        First entries stay as precise as they were recorded.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        drop = [p.step for p in self.points if p.step % every and not p.by_hand]
+        if drop:
+            self._write({"thin": drop})
+            self._drop(set(drop))
+
+    def _drop(self, steps: set[int]) -> None:
+        points, deltas = [], []
+        pending: Bytes | None = None
+        for point, packed in zip(self.points, self._deltas, strict=True):
+            delta = self._inflate(packed)
+            pending = delta if pending is None else pending ^ delta
+            if point.step not in steps:
+                points.append(point)
+                deltas.append(zlib.compress(pending.tobytes(), level=1))
+                pending = None
+        self.points, self._deltas = points, deltas
+        if pending is not None:  # the latest point went as well
+            self._last = self._last ^ pending
+
+    def support(self, index: int) -> dict[str, Tensor]:
+        """Return the masks of supp(Gamma) at the point with this index."""
+        bits = np.zeros(self._num_bytes, np.uint8)
+        for packed in self._deltas[: index + 1]:
+            bits ^= self._inflate(packed)
+        return self._unpack(bits)
+
+    def _inflate(self, packed: bytes) -> Bytes:
+        # Bounded, so that a hostile file cannot ask for more memory than its tensors need.
+        data = zlib.decompressobj().decompress(packed, self._num_bytes + 1)
+        if len(data) != self._num_bytes:
+            raise ValueError("a support of the wrong size")
+        return np.frombuffer(data, np.uint8)
+
+    def _unpack(self, bits: Bytes) -> dict[str, Tensor]:
+        masks, start = {}, 0
+        for name, spec in self.specs.items():
+            end = start + (spec.num_blocks + 7) // 8
+            masks[name] = unpack_bits(bits[start:end], spec.grid)
+            start = end
+        return masks
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self.file is not None:
+            append_line(self.file, line)
+
+    @classmethod
+    def load(cls, file: str | FilePath) -> "History":
+        """Read a history; a line torn by a crash is passed over.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or not a path.
+        """
+        lines = iter(read_lines(file))
+        try:
+            history = cls._from_header(next(lines, {}))
+            for line in lines:
+                history._replay(line)
+        except (LookupError, TypeError, ValueError, AttributeError, zlib.error) as error:
+            detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{file} is not a readable path ({detail}): "
+                f"it is damaged or not ours; restore it from a copy or train again"
+            ) from None
+        return history
+
+    @classmethod
+    def _from_header(cls, header: dict[str, Any]) -> "History":
+        if header.get("format") != FORMAT:
+            raise ValueError("no path header")
+        if header.get("version") != VERSION:
+            raise ValueError(f"format version {header['version']}, this release reads {VERSION}")
+        specs = {
+            name: TensorSpec(tuple(entry["shape"]), tuple(entry["block"]))
+            for name, entry in header["tensors"].items()
+        }
+        units = {name: entry["unit"] for name, entry in header["tensors"].items()}
+        return cls(specs, units)
+
+    def _replay(self, line: dict[str, Any]) -> None:
+        if "point" in line:
+            told = line["point"]
+            time, density = from_number(told["time"]), from_number(told["density"])
+            assert time is not None
+            assert density is not None
+            point = Point(int(told["step"]), time, density, bool(told["by_hand"]))
+            delta = base64.b64decode(line["delta"], validate=True)
+            bits = self._last ^ self._inflate(delta)
+            if zlib.crc32(bits.tobytes()) != line["crc"]:
+                raise ValueError(f"the support at step {point.step} does not match its checksum")
+            self._take(point, delta, bits)
+        elif "log" in line:
+            if not self.points or self.points[-1].step != line["log"]["step"]:
+                raise ValueError("a log without its point")
+            self.points[-1].metrics.update(line["log"]["metrics"])
+        elif "thin" in line:
+            self._drop(set(line["thin"]))
+        else:
+            raise ValueError(f"a line with {', '.join(sorted(line)) or 'nothing'}")
+
+    def continue_in(self, file: str | FilePath) -> None:
+        """Append further points to the file this history was loaded from."""
+        self.file = FilePath(file)
+
+    def steps(self) -> Iterable[int]:
+        """Steps of the recorded points, ascending."""
+        return (point.step for point in self.points)

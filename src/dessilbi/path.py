@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Path: watches an optimizer, remembers when every block entered, and gives out tickets.
+
+An observer on the step hook: the optimizer does not know it. *First entry* is nested by
+construction; the *support* at a point is not, because blocks do leave Gamma again.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dessilbi import dual
+from dessilbi.history import NEVER, History, Point
+from dessilbi.optimizer import is_phantom_step
+from dessilbi.runs import Run
+from dessilbi.selection import Ranking, rank
+from dessilbi.storage import write_atomic
+from dessilbi.structure import block_norms
+from dessilbi.ticket import Ticket
+
+Order = Literal["dual", "weight", "entry"]
+ORDERS: tuple[Order, ...] = ("dual", "weight", "entry")
+NUM_POINTS = 100
+
+
+class Path:
+    """The regularisation path of one run: the whole family of models from simple to complex.
+
+    Args:
+        optimizer: A DessiLBI (or wrapped) optimizer with named parameters; watched from now on.
+        every: Record a point every so many steps. By default about 100 points: a hundredth of
+            ``total_steps`` if that is known, else an interval that doubles as the run grows.
+        total_steps: Steps of the whole run, if known.
+        total_time: Path time of the whole run (the sum of lr over all its steps), if known. With
+            it, or with ``total_steps``, a run in which no block can enter is warned about early.
+        file: Append every point to this file (it must not exist), safe against crashes.
+
+    Raises:
+        ValueError: The optimizer has no structured group or no names, or ``every`` is < 1.
+        OSError: The file exists or cannot be written.
+
+    >>> from dessilbi import DessiLBI
+    >>> layer = torch.nn.Linear(4, 3)
+    >>> groups = [{"params": [("weight", layer.weight)], "structure": "filter"}]
+    >>> optimizer = DessiLBI(groups, lr=0.1, nu=1.0, lam=0.01)
+    >>> path = Path(optimizer, every=1)
+    >>> for _ in range(10):
+    ...     optimizer.zero_grad()
+    ...     layer(torch.ones(1, 4)).sum().backward()
+    ...     optimizer.step()
+    >>> len(path.points), path.support(step=10).density
+    (10, 1.0)
+    >>> round(path.ticket(density=0.34).density, 2)
+    0.33
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        every: int | None = None,
+        total_steps: int | None = None,
+        total_time: float | None = None,
+        file: str | FilePath | None = None,
+    ):
+        found = dual.named_members(optimizer)
+        for name, value in (("every", every), ("total_steps", total_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number >= 1")
+        self._history = History(
+            {m.name: m.spec for m in found},
+            {m.name: m.group.get("unit") for m in found},
+            file,
+        )
+        self._scores: Mapping[str, Mapping[str, Tensor]] | None = None
+        self.step = 0
+        self.time = 0.0
+        self._total_steps, self._total_time = total_steps, total_time
+        self._interval = every or (max(1, total_steps // NUM_POINTS) if total_steps else 1)
+        self._adaptive = every is None and total_steps is None
+        self._hint_pending = True
+        self._optimizer: Optimizer | None = optimizer
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    @classmethod
+    def load(cls, folder: str | FilePath) -> "Path":
+        """Read the path of a run folder; it answers questions and records nothing more.
+
+        Raises:
+            FileNotFoundError: The folder has no path.
+            ValueError: A file is damaged or not ours.
+        """
+        run = Run(FilePath(folder))
+        if not run.path.is_file():
+            raise FileNotFoundError(
+                f"{folder} is not a run folder: it has no {run.path.name}; name a folder that "
+                f"`dessilbi train` has written"
+            )
+        path = cls.__new__(cls)
+        path._history = History.load(run.path)
+        path._scores = _load_scores(run.scores, path._history) if run.scores.is_file() else None
+        path._optimizer = None
+        last = path.points[-1] if path.points else Point(0, 0.0, 0.0)
+        path.step, path.time = last.step, last.time
+        return path
+
+    @property
+    def points(self) -> list[Point]:
+        """The recorded points, in order of their steps."""
+        return list(self._history.points)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the structured tensors."""
+        return list(self._history.specs)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if is_phantom_step(optimizer):
+            return
+        self.step += 1
+        self.time += _lr_of(optimizer)
+        if self.step % self._interval:
+            return
+        self._record(by_hand=False)
+        if self._adaptive and len(self.points) >= 2 * NUM_POINTS:
+            self._interval *= 2
+            self._history.thin(self._interval)
+
+    def record(self) -> Point:
+        """Record a point now, whatever the interval.
+
+        Raises:
+            ValueError: This path was loaded from a folder and watches no optimizer.
+            OSError: The file cannot be written; what it holds stays.
+        """
+        return self._record(by_hand=True)
+
+    def _record(self, *, by_hand: bool) -> Point:
+        support = dual.support(self._watched())
+        if not self.points or self.points[-1].step != self.step:
+            point = Point(self.step, self.time, support.density, by_hand)
+            self._history.add(point, support)
+            self._warn_if_nothing_can_enter(support)
+        return self._history.points[-1]
+
+    def _watched(self) -> Optimizer:
+        if self._optimizer is None:
+            raise ValueError(
+                "this path was loaded from a run folder and watches no optimizer: "
+                "make a new one with Path(optimizer) to record"
+            )
+        return self._optimizer
+
+    def log(self, **metrics: Any) -> None:
+        """Attach numbers to the latest point, for example ``path.log(accuracy=0.98)``.
+
+        Raises:
+            ValueError: Nothing has been recorded yet.
+            OSError: The file cannot be written.
+        """
+        self._history.log(metrics)
+
+    def close(self) -> None:
+        """Stop watching; everything recorded stays available."""
+        if self._optimizer is not None:
+            self._scores = self.scores()
+            self._handle.remove()
+            self._optimizer = None
+
+    def entry(self) -> dict[str, Tensor]:
+        """Return the step of the point at which each block was first seen in Gamma; -1: never."""
+        return {name: entry.clone() for name, entry in self._history.entries.items()}
+
+    def support(self, *, step: int) -> Ticket:
+        """Return supp(Gamma) at the last recorded point up to ``step``.
+
+        Raises:
+            ValueError: No point was recorded by then.
+        """
+        index = self._index_at(step)
+        origin = {"kind": "support", "step": self.points[index].step}
+        return Ticket(self._history.support(index), self._history.specs, origin)
+
+    def _index_at(self, step: int) -> int:
+        steps = list(self._history.steps())
+        index = sum(recorded <= step for recorded in steps) - 1
+        if index < 0:
+            first = f"the first recorded step is {steps[0]}" if steps else "nothing was recorded"
+            raise ValueError(f"step={step!r} comes before the path: {first}")
+        return index
+
+    def ticket(
+        self,
+        *,
+        density: float | None = None,
+        step: int | None = None,
+        order: Order = "dual",
+    ) -> Ticket:
+        """Return one member of the family: by ``density``, or what had entered by ``step``.
+
+        Args:
+            density: Wanted share of kept elements, in (0, 1]; met from below to within one block.
+                Tickets of one order are nested. Every layer keeps its best block and at least
+                5 % of ``density``, as far as whole blocks allow.
+            step: Keep the blocks whose first entry is at most this step.
+            order: How blocks are ranked for ``density``: "dual" by ||V||/lam, "weight" by ||W|| of
+                the coupled net, "entry" by first entry with ||V||/lam as tie-break.
+
+        Returns:
+            The ticket.
+
+        Raises:
+            ValueError: Not exactly one of density and step is given, a value is out of range, or
+                the path was loaded from a run that never finished and has no scores.
+        """
+        if (density is None) == (step is None):
+            raise ValueError("give exactly one of density and step to path.ticket")
+        if step is not None:
+            self._index_at(step)
+            masks = {n: (e != NEVER) & (e <= step) for n, e in self._history.entries.items()}
+            return Ticket(masks, self._history.specs, {"kind": "entered", "step": step})
+        assert density is not None
+        origin = {"kind": "density", "order": order, "density": density, "step": self.step}
+        return self.ranking(order).ticket(density, origin)
+
+    def ranking(self, order: Order = "dual") -> Ranking:
+        """Return the ranking behind :meth:`ticket`; use it to draw many tickets at once.
+
+        Raises:
+            ValueError: The order is unknown, or the path has no scores.
+        """
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r} is not known: use one of {', '.join(ORDERS)}")
+        scores = self.scores()
+        keys: list[Mapping[str, Tensor]] = [scores["weight" if order == "weight" else "dual"]]
+        if order == "entry":
+            never = torch.iinfo(torch.int64).max
+            entries = self._history.entries.items()
+            keys.insert(0, {n: -e.masked_fill(e == NEVER, never) for n, e in entries})
+        return rank(keys, self._history.specs, self._history.units)
+
+    def scores(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return {"dual": ||V||/lam, "weight": ||W||} per block, by name; over units jointly.
+
+        Of a watched optimizer they are those of this moment. Where every lam is infinite, "dual" is
+        ||V|| by itself (divided by sqrt(|g|) under block_scale "sqrt").
+
+        Raises:
+            ValueError: The path was loaded from a run that left no scores.
+        """
+        if self._optimizer is not None:
+            return block_scores(self._optimizer)
+        if self._scores is None:
+            raise ValueError(
+                "this run left no final scores, so its blocks cannot be ranked: "
+                "let it finish, or take a ticket by step"
+            )
+        return self._scores
+
+    def save_scores(self, file: str | FilePath) -> None:
+        """Write :meth:`scores` as safetensors, so that a loaded path can rank blocks."""
+        flat = {
+            f"{kind}/{name}": values.contiguous()
+            for kind, scores in self.scores().items()
+            for name, values in scores.items()
+        }
+        write_atomic(file, safetensors.torch.save(flat))
+
+    def _warn_if_nothing_can_enter(self, support: Ticket) -> None:
+        if not self._hint_pending or self._optimizer is None:
+            return
+        total = self._total_time
+        if total is None and self._total_steps is not None:
+            total = self.time + max(0, self._total_steps - self.step) * _lr_of(self._optimizer)
+        if total is None or self.time < 0.1 * total or self.time == 0:
+            return
+        self._hint_pending = False
+        best = _best_share(self._optimizer)
+        # ||V|| grows at most about linearly while nothing is selected.
+        predicted = best * total / self.time
+        if support.kept_elements or predicted >= 1 or math.isinf(_least_lam(self._optimizer)):
+            return
+        lam, nu = _least_lam(self._optimizer), float(_structured_group(self._optimizer)["nu"])
+        warnings.warn(
+            f"no block can enter Gamma before the schedule ends: at the recorded rate the largest "
+            f"||V|| reaches {predicted:.2g} of its threshold; use lam <= {lam * predicted / 2:.2g} "
+            f"or nu <= {nu * predicted / 2:.2g}",
+            stacklevel=2,
+        )
+
+    def __repr__(self) -> str:
+        points = f"{len(self.points)} points to step {self.step}, path time {self.time:.4g}"
+        density = f", density {self.points[-1].density:.4g}" if self.points else ""
+        return f"Path({points}{density}, {len(self.names)} tensors)"
+
+
+def _structured_group(optimizer: Optimizer) -> dict[str, Any]:
+    """The first group with a structure: its clock is the path's."""
+    return next(g for g in optimizer.param_groups if g.get("structure") is not None)
+
+
+def _lr_of(optimizer: Optimizer) -> float:
+    return float(_structured_group(optimizer)["lr"])
+
+
+def _least_lam(optimizer: Optimizer) -> float:
+    return min(float(member.group["lam"]) for member in dual.members(optimizer))
+
+
+@torch.no_grad()
+def _best_share(optimizer: Optimizer) -> float:
+    """The largest ||V||/lam of all blocks."""
+    shares = [
+        float((dual.unit_norms(optimizer, unit) / dual.threshold(unit)).max())
+        for unit in dual.units_of(dual.members(optimizer))
+        if unit[0].param.numel()
+    ]
+    return max(shares, default=0.0)
+
+
+@torch.no_grad()
+def block_scores(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Return the scores of :meth:`Path.scores` for an optimizer, on the CPU."""
+    found = dual.named_members(optimizer)
+    unbounded = all(math.isinf(member.group["lam"]) for member in found)
+    scores: dict[str, dict[str, Tensor]] = {"dual": {}, "weight": {}}
+    for unit in dual.units_of(found):
+        share = dual.unit_norms(optimizer, unit) / dual.threshold(unit, 1.0 if unbounded else None)
+        weights = [
+            block_norms(m.param.to(torch.promote_types(m.param.dtype, torch.float32)), m.block)
+            for m in unit
+        ]
+        joint = torch.stack([w.reshape(-1).double() for w in weights]).square().sum(0).sqrt()
+        for member, own in zip(unit, weights, strict=True):
+            weight = own if len(unit) == 1 else joint.reshape(member.grid).to(own.dtype)
+            scores["dual"][member.name] = share.reshape(member.grid).cpu()
+            scores["weight"][member.name] = weight.cpu()
+    return scores
+
+
+def _load_scores(file: FilePath, history: History) -> dict[str, dict[str, Tensor]]:
+    try:
+        flat = safetensors.torch.load_file(file)
+        scores = {
+            kind: {name: flat[f"{kind}/{name}"] for name in history.specs}
+            for kind in ("dual", "weight")
+        }
+    except (safetensors.SafetensorError, LookupError) as error:
+        raise ValueError(
+            f"{file} is not readable as block scores ({error}): restore it or train again"
+        ) from None
+    for kind in scores:
+        for name, spec in history.specs.items():
+            if tuple(scores[kind][name].shape) != spec.grid:
+                raise ValueError(f"{file} holds scores of another run: {name} does not fit")
+    return scores

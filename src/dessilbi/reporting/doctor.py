@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Doctor: what this machine has that a run would use."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path as FilePath
+
+from dessilbi.training.data import DATA_SETS
+from dessilbi.training.environment import environment
+
+
+def findings(data_root: str | None) -> Iterator[tuple[str, str]]:
+    """Yield (what, finding) pairs: versions, devices, kernels, data found, write access.
+
+    Args:
+        data_root: The data folder, or None.
+    """
+    facts = environment()
+    yield "python", f"{facts['python']} on {facts['platform']}"
+    for name, version in facts["packages"].items():
+        yield name, version or "not installed"
+    devices = ", ".join(facts["accelerators"]) or "no accelerator"
+    yield "devices", f"{facts['cpus']} CPUs, {facts['threads']} threads, {devices}"
+    yield "kernels", "reference (default on CPU), foreach (default on accelerators)"
+    yield from _data(data_root)
+    yield "runs", _write_access(FilePath("runs"))
+
+
+def _data(root: str | None) -> Iterator[tuple[str, str]]:
+    yield "data", root or "no folder given: use --data DIR or set $DESSILBI_DATA"
+    for name, source in DATA_SETS.items():
+        try:
+            source.read(root, False)
+            yield "", f"{name}: ready"
+        except (OSError, ValueError) as error:
+            yield "", f"{name}: {error}"
+
+
+def _write_access(folder: FilePath) -> str:
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK):
+        return f"{place} is not writable: name another folder with --out"
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return f"{place} is writable"
+    except OSError as error:
+        return f"{place} is not writable ({error.strerror}): name another folder with --out"

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Summary: the numbers of a run folder as plain values, for tables, figures and JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from dessilbi.path import Path
+from dessilbi.runs import Run
+
+METRICS = (
+    "epoch",
+    "accuracy",
+    "ticket_accuracy",
+    "gamma_accuracy",
+    "val_accuracy",
+    "val_ticket_accuracy",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recorded point. Accuracies are fractions; None where the run died before judging.
+
+    ``accuracy`` is that of W on the test split, ``ticket_accuracy`` that of W on supp(Gamma) with
+    nothing retrained, ``gamma_accuracy`` that of Gamma; ``val_...`` are on the validation split.
+    ``layers`` gives the density of supp(Gamma) per tensor.
+    """
+
+    step: int
+    epoch: float | None
+    time: float
+    density: float
+    accuracy: float | None
+    ticket_accuracy: float | None
+    gamma_accuracy: float | None
+    val_accuracy: float | None
+    val_ticket_accuracy: float | None
+    layers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in numbers: its recipe and its recorded points."""
+
+    folder: FilePath
+    recipe: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return {"points": [...]} as plain values."""
+        return {"points": [asdict(row) for row in self.rows]}
+
+
+def summarise(folder: str | FilePath) -> Summary:
+    """Read a run folder.
+
+    Raises:
+        FileNotFoundError: The folder is not a run folder.
+        ValueError: A file of it is damaged.
+    """
+    run = Run(FilePath(folder))
+    recipe = run.read_recipe()
+    path = Path.load(folder)
+    rows = []
+    for point in path.points:
+        metrics = {name: point.metrics.get(name) for name in METRICS}
+        layers = path.support(step=point.step).densities()
+        rows.append(
+            Row(point.step, time=point.time, density=point.density, layers=layers, **metrics)
+        )
+    return Summary(run.folder, recipe, tuple(rows))
+
+
+def thinned(rows: Sequence[Row], count: int) -> list[Row]:
+    """Return about ``count`` rows spread evenly, always with the first and the last."""
+    if len(rows) <= count:
+        return list(rows)
+    picks = {round(i * (len(rows) - 1) / (count - 1)) for i in range(count)}
+    return [rows[i] for i in sorted(picks)]

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables for the terminal; they fit 80 columns."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from dessilbi.reporting.summary import Row, Summary, thinned
+from dessilbi.training.finetune import Outcome
+
+MAX_LAYER_COLUMNS = 5
+ROWS = 20
+
+
+def percent(value: float | None) -> str:
+    """Return a fraction as a percentage, or a dash for what was not measured."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def path_table(summary: Summary) -> Table:
+    """Return the path as a table: accuracy of W, ticket and Gamma against density (all in %)."""
+    rows = thinned(summary.rows, ROWS)
+    shown = f"{len(rows)} of {len(summary.rows)} points"
+    table = Table(
+        title=f"{summary.recipe.get('name')}: from simple to complex ({shown}, all in %)",
+        caption="W: dense weights; ticket: W on supp(Γ), nothing retrained; test split",
+        box=None,
+        pad_edge=False,
+    )
+    for column in ("epoch", "density", "W", "ticket", "Γ"):
+        table.add_column(column, justify="right")
+    names = list(rows[0].layers) if rows else []
+    layers = names if len(names) <= MAX_LAYER_COLUMNS else []
+    for name in layers:
+        table.add_column(name.removesuffix(".weight"), justify="right", style="dim")
+    for row in rows:
+        table.add_row(*_cells(row), *(percent(row.layers[name]) for name in layers))
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    epoch = "-" if row.epoch is None else f"{row.epoch:.1f}"
+    accuracies = (row.accuracy, row.ticket_accuracy, row.gamma_accuracy)
+    return [epoch, percent(row.density), *map(percent, accuracies)]
+
+
+def outcome_table(outcomes: Sequence[Outcome], dense: float, epochs: int) -> Table:
+    """Return tickets of several densities before and after their fine-tune (all in %)."""
+    table = Table(
+        title="One run, a family of models (test accuracy, all in %)",
+        caption=f"fine-tune: {epochs} masked epochs; the dense W has {percent(dense)}",
+        box=None,
+        pad_edge=False,
+    )
+    for column in ("density", "of all parameters", "at once", "fine-tuned"):
+        table.add_column(column, justify="right")
+    for o in outcomes:
+        table.add_row(
+            percent(o.density), percent(o.density_of_model), percent(o.before), percent(o.after)
+        )
+    return table

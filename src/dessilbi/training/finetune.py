@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning a ticket: a short masked training of the trained weights."""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from dessilbi.path import Order, Path
+from dessilbi.runs import Run
+from dessilbi.ticket import Ticket
+from dessilbi.training.data import Data, batches, load_data
+from dessilbi.training.evaluation import accuracy, masked
+from dessilbi.training.models import build_model
+from dessilbi.training.recipes import FinetuneRecipe, Recipe, validate_recipe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Accuracy of one ticket on the test split, before and after its fine-tune."""
+
+    density: float
+    density_of_model: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, loaded again: its recipe, data, dense weights and their test accuracy."""
+
+    recipe: Recipe
+    data: Data
+    model: nn.Module
+    accuracy: float
+
+
+def load_trained(run: Run, *, data_root: str | None = None) -> Trained:
+    """Load the model and the data of a finished run.
+
+    Raises:
+        FileNotFoundError: The folder is no run, the run did not finish, or the data is missing.
+        ValueError: A file is damaged or fits another model.
+    """
+    recipe = validate_recipe(run.read_recipe(), origin=str(run.recipe))
+    if not run.model.is_file():
+        raise FileNotFoundError(
+            f"{run.folder} has no {run.model.name}: the run did not finish; train it again"
+        )
+    data = load_data(
+        recipe.data, root=data_root, validation=recipe.validation, seed=recipe.seed, download=False
+    )
+    model = build_model(
+        recipe.model, num_classes=data.num_classes, in_channels=data.in_channels, seed=recipe.seed
+    )
+    try:
+        model.load_state_dict(safetensors.torch.load_file(run.model))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{run.model} does not hold this recipe's weights ({reason})") from None
+    return Trained(recipe, data, model, accuracy(model, data.test))
+
+
+def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.Module:
+    """Return a copy of the trained model, masked and trained further under the mask.
+
+    SGD on the living weights with a cosine schedule to 0; dead blocks stay exactly zero.
+    """
+    torch.set_flush_denormal(True)  # masked momentum would decay into denormals
+    data, batch_size = trained.data, trained.recipe.batch_size
+    model = deepcopy(trained.model)
+    optimizer = SGD(
+        model.parameters(),
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    handle = ticket.enforce(model, optimizer)
+    steps = settings.epochs * -(-len(data.train.targets) // batch_size)
+    scheduler = CosineAnnealingLR(optimizer, T_max=max(1, steps))
+    generator = torch.Generator().manual_seed(trained.recipe.seed)
+    model.train()
+    for _ in range(settings.epochs):
+        for inputs, targets in batches(data.train, batch_size, generator=generator):
+            optimizer.zero_grad()
+            cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            scheduler.step()
+    handle.remove()
+    return model
+
+
+def judge_ticket(trained: Trained, ticket: Ticket) -> Outcome:
+    """Return the test accuracy of a ticket before and after the recipe's fine-tune."""
+    before = masked(trained.model, ticket, trained.data.train)
+    after = finetune(trained, ticket, trained.recipe.finetune)
+    return Outcome(
+        density=ticket.density,
+        density_of_model=ticket.density_of_model(trained.model),
+        before=accuracy(before, trained.data.test),
+        after=accuracy(after, trained.data.test),
+    )
+
+
+def judge_tickets(
+    trained: Trained, path: Path, densities: Iterable[float], *, order: Order = "dual"
+) -> list[Outcome]:
+    """Judge the tickets of several densities of one path; see :func:`judge_ticket`."""
+    return [
+        judge_ticket(trained, path.ticket(density=density, order=order)) for density in densities
+    ]

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VGG-16 with batch normalisation, as it is commonly used on CIFAR."""
+
+from torch import Tensor, nn
+
+# Simonyan and Zisserman (2015), table 1, column D: filters of the convolutions of each stage.
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class VGG16(nn.Module):
+    """Thirteen 3x3 convolutions with batch norm and ReLU in five pooled stages, one linear layer.
+
+    The convolutions have no bias: the batch norm behind each would subtract it again. They start
+    from He's normal distribution (``fan_out``), batch norms from the identity.
+
+    Args:
+        num_classes: Width of the output.
+        in_channels: 3; five poolings take 32x32 colour images to 1x1 and 28x28 ones to nothing.
+
+    Raises:
+        ValueError: ``in_channels`` is not 3.
+
+    >>> import torch
+    >>> VGG16()(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, *, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        if in_channels != 3:
+            raise ValueError(
+                f"vgg16-bn reads 32x32 images of 3 channels, not of {in_channels}: "
+                f"choose another model for this data"
+            )
+        self.features = nn.Sequential()
+        channels = in_channels
+        for stage, widths in enumerate(STAGES, start=1):
+            for index, width in enumerate(widths, start=1):
+                conv = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                # The names of the paper (conv1_1 ... conv5_3) are what people look for in a report.
+                self.features.add_module(f"conv{stage}_{index}", conv)
+                self.features.add_module(f"norm{stage}_{index}", nn.BatchNorm2d(width))
+                self.features.add_module(f"relu{stage}_{index}", nn.ReLU())
+                channels = width
+            self.features.add_module(f"pool{stage}", nn.MaxPool2d(2))
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the logits (N, classes) of images (N, 3, 32, 32)."""
+        logits: Tensor = self.fc(self.features(inputs).flatten(1))
+        return logits

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: experiments as data. A TOML file, checked field by field, with values set on top."""
+
+import math
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+SUFFIX = ".toml"
+
+
+class RecipeError(ValueError):
+    """A recipe does not exist or holds a value that is not allowed."""
+
+
+def _threshold(value: object) -> object:
+    return math.inf if value == "inf" else value
+
+
+Threshold = Annotated[float, Field(gt=0), BeforeValidator(_threshold)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
+    if list(values) != sorted(values):
+        raise ValueError("must be ascending")
+    return values
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class OptimizerRecipe(_Part):
+    """Options of DessiLBI; see its docstring."""
+
+    lr: Positive = 0.1
+    kappa: Positive = 1.0
+    nu: Positive = 100.0
+    lam: Threshold = 1.0
+    momentum: NonNegative = 0.9
+    dampening: float = 0.0
+    weight_decay: NonNegative = 0.0
+    nesterov: bool = False
+    block_scale: Literal["unit", "sqrt"] = "unit"
+
+
+class ScheduleRecipe(_Part):
+    """Learning rate over the run.
+
+    "constant"; "step": times ``gamma`` at each of ``milestones`` (epochs); "cosine" to 0; "hold":
+    linear warm-up over ``warmup`` of the steps, constant until ``hold``, then cosine to 0.
+    """
+
+    kind: Literal["constant", "step", "cosine", "hold"] = "constant"
+    milestones: Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(_ascending)] = ()
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    hold: Annotated[float, Field(gt=0, lt=1)] = 0.75
+
+
+class FinetuneRecipe(_Part):
+    """Masked fine-tuning of a ticket: SGD on the living weights, cosine to 0."""
+
+    epochs: Annotated[int, Field(ge=0)] = 2
+    lr: Positive = 0.02
+    momentum: NonNegative = 0.9
+    weight_decay: NonNegative = 0.0
+
+
+class Recipe(_Part):
+    """One experiment, complete: the same recipe and machine give the same numbers."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    summary: str = ""
+    source: str = ""
+    model: str
+    data: str
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    validation: Annotated[int, Field(ge=1)]
+    points: Annotated[int, Field(ge=1)] = 100
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    finetune: FinetuneRecipe = FinetuneRecipe()
+    structure: dict[str, Any] = Field(default_factory=dict)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = resources.files("dessilbi") / "recipes"
+    files = (entry.name for entry in folder.iterdir())
+    return sorted(name.removesuffix(SUFFIX) for name in files if name.endswith(SUFFIX))
+
+
+def load_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
+    """Return a recipe by name, or from a TOML file of one's own, with values set on top.
+
+    Args:
+        name: One of :func:`recipe_names`, or a path that ends in ``.toml``.
+        assignments: "key=value" texts; keys may be dotted, values are TOML or plain words.
+
+    Raises:
+        RecipeError: Unknown recipe, unknown key, or a value out of range (field, value, allowed).
+
+    >>> load_recipe("digits-lenet", ["optimizer.nu=50"]).optimizer.nu
+    50.0
+    """
+    values = _read(name)
+    for assignment in assignments:
+        _assign(values, assignment)
+    return validate_recipe(values, origin=name)
+
+
+def validate_recipe(values: dict[str, Any], *, origin: str) -> Recipe:
+    """Check a recipe given as plain values.
+
+    Raises:
+        RecipeError: One sentence naming field, value and what is allowed.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(
+                f"recipe {origin}: {field} is not a field; {_fields_of(field)}"
+            ) from None
+        if first["type"] == "missing":
+            raise RecipeError(f"recipe {origin}: {field} is missing; {_fields_of(field)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        raise RecipeError(
+            f"recipe {origin}: {field}={first['input']!r} is not allowed: {message}"
+        ) from None
+
+
+def _fields_of(field: str) -> str:
+    part: type[BaseModel] = Recipe
+    where = "a recipe"
+    for step in field.split(".")[:-1]:
+        inner = part.model_fields[step].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        part, where = inner, step
+    return f"{where} has {', '.join(part.model_fields)}"
+
+
+def _read(name: str) -> dict[str, Any]:
+    if name.endswith(SUFFIX):
+        path = Path(name)
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {name}; name one that exists")
+        return _parse(path.read_text(encoding="utf-8", errors="replace"), name)
+    if name not in recipe_names():
+        known = ", ".join(recipe_names())
+        raise RecipeError(f"there is no recipe {name!r}; choose one of {known}, or a .toml file")
+    return _parse((resources.files("dessilbi") / "recipes" / (name + SUFFIX)).read_text(), name)
+
+
+def _parse(text: str, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RecipeError(f"recipe {origin} is not TOML: {error}") from None
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {assignment!r} is not of the form key=value or part.key=value")
+    if keys[0] == "structure" and len(keys) > 2:
+        keys = ["structure", ".".join(keys[1:])]  # parameter names have dots of their own
+    for step in keys[:-1]:
+        values = values.setdefault(step, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"--set {assignment!r}: {step} has no fields of its own")
+    try:
+        values[keys[-1]] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[keys[-1]] = text.strip()

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hypothesis strategies: shapes, blocks that fit them, tensors cut into blocks."""
+
+import torch
+from hypothesis import strategies as st
+
+MAX_SIDE = (12, 8, 5, 3, 3)  # longest side by rank, so that tensors stay small
+
+
+def shapes(min_rank=1, max_rank=5, min_side=1):
+    """Shapes of rank 1 to 5."""
+    return st.integers(min_rank, max_rank).flatmap(
+        lambda rank: st.tuples(*[st.integers(min_side, MAX_SIDE[rank - 1])] * rank)
+    )
+
+
+def block_lengths(size):
+    """Every length that divides ``size``, or None."""
+    return st.sampled_from([None, *(n for n in range(1, size + 1) if size % n == 0)])
+
+
+@st.composite
+def cut_shapes(draw, min_rank=1, max_rank=5):
+    """A shape and a block that divides it."""
+    shape = draw(shapes(min_rank, max_rank))
+    return shape, tuple(draw(block_lengths(size)) for size in shape)
+
+
+@st.composite
+def tensors(draw, shape):
+    """A float64 tensor with entries over several magnitudes, some of them zero."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x *= 10.0 ** torch.randint(-2, 2, shape, generator=generator).double()
+    return x * (torch.rand(shape, generator=generator) > draw(st.sampled_from([0.0, 0.3])))
+
+
+@st.composite
+def cut_tensors(draw):
+    """A float64 tensor and a block that divides it."""
+    shape, block = draw(cut_shapes())
+    return draw(tensors(shape)), block
