@@ -17,6 +17,7 @@ ORDER = [
     "ticket",  # block masks
     "runs",  # the run folder, no torch
     "dual",  # reading V: norms, units, Gamma, support
+    "loading",  # optimizer state from a file
     "options",  # allowed values of a param group
     "optimizer",
     "wrapping",
@@ -26,6 +27,8 @@ ORDER = [
     "calibration",
     "selection",  # scores -> ticket of a wanted density
     "history",  # recorded points and their file
+    "scores",  # how much each block weighs
+    "hints",  # early warnings
     "path",
     "compaction",
     "growth",

@@ -175,8 +175,13 @@ def test_words_for_numbers_read_back_as_numbers(word, number):
     assert storage.from_number(word) == number
 
 
-def test_nothing_and_nan_read_back():
-    assert storage.from_number(None) is None
+@pytest.mark.parametrize("value", [None, "much", True, [1]])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(ValueError, match="is not a number"):
+        storage.from_number(value)
+
+
+def test_nan_reads_back():
     assert math.isnan(storage.from_number("nan"))
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dessilbi.optimizer import DessiLBI as DessiLBI
     from dessilbi.path import Path as Path
     from dessilbi.ticket import Ticket as Ticket
+    from dessilbi.wrapping import wrap as wrap
 
 __version__ = "0.1.0.dev0"
 
@@ -20,6 +21,7 @@ _PUBLIC = {
     "Path": "dessilbi.path",
     "Ticket": "dessilbi.ticket",
     "param_groups": "dessilbi.groups",
+    "wrap": "dessilbi.wrapping",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -12,19 +12,29 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 
-from dessilbi.runs import Run, free_folder
+from dessilbi.runs import Run, TrainingError, free_path
 from dessilbi.storage import to_json, write_json
-
-if TYPE_CHECKING:
-    from dessilbi.path import Order
+from dessilbi.training.recipes import RecipeError, load_recipe, recipe_names
 
 P = ParamSpec("P")
+
+
+class OrderName(StrEnum):
+    """The orders of ``Path.ticket``, as words of the command line."""
+
+    DUAL = "dual"
+    WEIGHT = "weight"
+    ENTRY = "entry"
+
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
@@ -78,9 +88,6 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        from dessilbi.training.loop import TrainingError
-        from dessilbi.training.recipes import RecipeError
-
         signal.signal(signal.SIGTERM, _on_sigterm)
         warnings.showwarning = _show_warning
         try:
@@ -89,12 +96,10 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise _fail("terminated; what was already written is kept", 143) from None
         except KeyboardInterrupt:
             raise _fail("interrupted; what was already written is kept", 130) from None
-        except RecipeError as error:
-            raise _fail(error, 2) from None
         except OSError as error:
             raise _fail(_sentence(error), 1) from None
         except (ValueError, ImportError, TrainingError) as error:
-            raise _fail(error, 1) from None
+            raise _fail(error, 2 if isinstance(error, RecipeError) else 1) from None
 
     return run
 
@@ -124,10 +129,9 @@ def train(
     """Train a recipe once and record its path."""
     from dessilbi.training.loop import train as train_recipe
     from dessilbi.training.progress import default_reporter
-    from dessilbi.training.recipes import load_recipe
 
     chosen = load_recipe(recipe, assignments or ())
-    folder = out or free_folder("runs", chosen.name)
+    folder = out or free_path("runs", chosen.name)
     run = train_recipe(
         chosen,
         folder,
@@ -170,7 +174,7 @@ def ticket(
     run: RunArgument,
     density: Annotated[float | None, typer.Option(help="Share of weights to keep.")] = None,
     step: Annotated[int | None, typer.Option(help="What had entered by this step.")] = None,
-    order: Annotated[str, typer.Option(help="dual, weight or entry.")] = "dual",
+    order: Annotated[OrderName, typer.Option(help="How blocks are ranked.")] = OrderName.DUAL,
     out: Annotated[FilePath | None, typer.Option(help="The file to write.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -179,31 +183,30 @@ def ticket(
 
     if (density is None) == (step is None):
         raise _fail("give exactly one of --density and --step", 2)
-    chosen_order: Order = order  # type: ignore[assignment]  # checked by Path.ranking
-    chosen = Path.load(run).ticket(density=density, step=step, order=chosen_order)
-    name = f"density-{density:g}" if density is not None else f"step-{step}"
-    file = out or _ticket_file(Run(run), name)
+    if density is not None and not 0 < density <= 1:
+        raise _fail(f"--density {density} is not allowed: it must be in (0, 1]", 2)
+    if out is not None and out.exists():
+        raise FileExistsError(f"{out} exists: a ticket is never overwritten; name another --out")
+    chosen = Path.load(run).ticket(density=density, step=step, order=order.value)
+    file = out or _ticket_file(Run(run), density, step)
     chosen.save(file)
     if as_json:
-        origin = dict(chosen.origin)
-        _print_json(
-            {"density": chosen.density, "layers": chosen.densities(), **origin, "file": str(file)}
-        )
+        facts = {"density": chosen.density, "file": str(file), "layers": chosen.densities()}
+        _print_json({**facts, "origin": dict(chosen.origin)})
     else:
         typer.echo(f"{chosen}\nsaved as {file}")
 
 
-def _ticket_file(run: Run, name: str) -> FilePath:
+def _ticket_file(run: Run, density: float | None, step: int | None) -> FilePath:
     run.tickets.mkdir(exist_ok=True)
-    return free_folder(run.tickets, f"{name}.safetensors")
+    name = f"step-{step}" if density is None else f"density-{density:g}"
+    return free_path(run.tickets, name, ".safetensors")
 
 
 @app.command()
 @_guarded
 def recipes() -> None:
     """List the recipes that come with the package."""
-    from dessilbi.training.recipes import load_recipe, recipe_names
-
     for name in recipe_names():
         typer.echo(f"{name:24} {load_recipe(name).summary}")
 
@@ -230,10 +233,9 @@ def demo(
     from dessilbi.training.finetune import judge_tickets, load_trained
     from dessilbi.training.loop import train as train_recipe
     from dessilbi.training.progress import default_reporter
-    from dessilbi.training.recipes import load_recipe
 
     recipe = load_recipe("digits-lenet")
-    run = train_recipe(recipe, out or free_folder("runs", "demo"), reporter=default_reporter())
+    run = train_recipe(recipe, out or free_path("runs", "demo"), reporter=default_reporter())
     console = _console()
     console.print(path_table(summarise(run.folder)))
     trained = load_trained(run)
@@ -263,4 +265,7 @@ def _root(
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters shows "?"
     app(prog_name="dessilbi")

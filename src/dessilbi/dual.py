@@ -38,6 +38,27 @@ def dual_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
+def zeros_for(param: Tensor) -> Tensor:
+    """Return V as it starts: zeros in its own dtype, laid out as the parameter."""
+    return torch.zeros_like(param, dtype=dual_dtype(param), memory_format=torch.preserve_format)
+
+
+def v_of(optimizer: Optimizer, param: Tensor) -> Tensor | None:
+    """Return V of a parameter, or None before its first step.
+
+    A wrapped optimizer may hold a loaded V aside until its base has made a state of its own.
+    """
+    v: Tensor | None = optimizer.state.get(param, {}).get(STATE_KEY)
+    return getattr(optimizer, "_waiting", {}).get(param) if v is None else v
+
+
+def alpha_of(optimizer: Optimizer, group: dict[str, Any]) -> float | Tensor:
+    """Return alpha, the step of path time: lr, or what the optimizer says (wrap: lr/kappa)."""
+    told = getattr(optimizer, "alpha_of", None)
+    alpha: float | Tensor = group["lr"] if told is None else told(group)
+    return alpha
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
     """One structured tensor, with the group that holds its options."""
@@ -172,7 +193,7 @@ def unit_norms(optimizer: Optimizer, unit: Sequence[Member]) -> Tensor:
 
 
 def _member_norms(optimizer: Optimizer, member: Member) -> Tensor:
-    v = optimizer.state.get(member.param, {}).get(STATE_KEY)
+    v = v_of(optimizer, member.param)
     if v is None:
         return torch.zeros(member.grid, dtype=dual_dtype(member.param), device=member.param.device)
     return block_norms(v, member.block)
@@ -208,7 +229,7 @@ def gamma(optimizer: Optimizer) -> dict[str, Tensor]:
     scales = shrink_scales(optimizer, found)
     result = {}
     for member in found:
-        v = optimizer.state.get(member.param, {}).get(STATE_KEY)
+        v = v_of(optimizer, member.param)
         if v is None:
             result[member.name] = torch.zeros_like(member.param, dtype=dual_dtype(member.param))
             continue

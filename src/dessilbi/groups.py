@@ -2,16 +2,20 @@
 """Groups: from a model and a few rules to the param groups of an optimizer."""
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
 from dessilbi.naming import canonical_names, unwrap
+from dessilbi.optimizer import DessiLBI
 from dessilbi.structure import Structure, resolve
 
 Rule = Structure | Mapping[str, Any] | None
 
+_OPTIONS = frozenset(signature(DessiLBI).parameters) - {"params"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -39,7 +43,8 @@ def param_groups(
         same options share one.
 
     Raises:
-        ValueError: A pattern matches no parameter, or a structure does not fit its tensor.
+        ValueError: A pattern matches no parameter, an option is misspelt, or a structure does not
+            fit its tensor.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
     >>> for group in param_groups(net, {"2.weight": {"structure": "element", "lam": 0.1}}):
@@ -102,6 +107,10 @@ def _options_of(
             rule = chosen
             break
     options = dict(rule) if isinstance(rule, Mapping) else {"structure": rule}
+    for option in options:
+        meant = get_close_matches(option, _OPTIONS, n=1, cutoff=0.75)
+        if option not in _OPTIONS and meant:
+            raise ValueError(f"the rule for {name} has {option!r}: did you mean {meant[0]!r}?")
     options.setdefault("structure", default)
     if options["structure"] is not None:
         resolve(options["structure"], param.shape, name=name)

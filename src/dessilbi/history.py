@@ -8,7 +8,7 @@ is JSON lines, only ever appended to: a header, then points, logs and thinnings 
 import base64
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -17,12 +17,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dessilbi.storage import append_line, from_number, read_lines
+from dessilbi.storage import DamagedFileError, append_line, from_number, read_lines, to_json
 from dessilbi.ticket import TensorSpec, pack_bits, unpack_bits
 
 FORMAT = "dessilbi.path"
 VERSION = 1
 NEVER = -1
+
+# What replaying a damaged or hostile file can raise, before we say so in one sentence.
+_UNREADABLE = (
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -73,12 +85,12 @@ class History:
         }
         self._deltas: list[bytes] = []
         self._last: Bytes = np.zeros(self._num_bytes, np.uint8)
-        self.file: FilePath | None = None
-        if file is not None:
-            if FilePath(file).exists():
-                raise FileExistsError(f"{file} exists already: a path is never overwritten")
-            append_line(file, self._header())
-            self.file = FilePath(file)
+        self._chain = 0
+        self.first_step: int | None = None
+        self.file = None if file is None else FilePath(file)
+        if self.file is not None and self.file.exists():
+            raise FileExistsError(f"{file} exists already: a path is never overwritten")
+        self._write(self._header())
 
     @property
     def _num_bytes(self) -> int:
@@ -108,12 +120,13 @@ class History:
                     "by_hand": point.by_hand,
                 },
                 "delta": base64.b64encode(delta).decode(),
-                "crc": zlib.crc32(bits.tobytes()),
             }
         )
         self._take(point, delta, bits)
 
     def _take(self, point: Point, delta: bytes, bits: Bytes) -> None:
+        if self.first_step is None:
+            self.first_step = point.step
         self.points.append(point)
         self._deltas.append(delta)
         self._last = bits
@@ -122,16 +135,27 @@ class History:
             entry[mask & (entry == NEVER)] = point.step
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Attach metrics to the latest point.
+        """Attach metrics to the latest point: numbers, words or None.
 
         Raises:
-            ValueError: Nothing has been recorded yet.
+            ValueError: Nothing has been recorded yet, or a value is of another kind.
             OSError: The file cannot be written.
         """
         if not self.points:
             raise ValueError("there is no recorded point to log to yet: call record() first")
-        self._write({"log": {"step": self.points[-1].step, "metrics": dict(metrics)}})
-        self.points[-1].metrics.update(metrics)
+        plain = {name: _plain(name, value) for name, value in metrics.items()}
+        self._write({"log": {"step": self.points[-1].step, "metrics": plain}})
+        self.points[-1].metrics.update(plain)
+
+    def keep_latest(self) -> None:
+        """Mark the latest point as recorded by hand, so that it is never thinned away.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        if not self.points[-1].by_hand:
+            self._write({"keep": self.points[-1].step})
+            self.points[-1] = replace(self.points[-1], by_hand=True)
 
     def thin(self, every: int) -> None:
         """Drop points that were not recorded by hand and whose step ``every`` does not divide.
@@ -141,7 +165,7 @@ class History:
         Raises:
             OSError: The file cannot be written.
         """
-        drop = [p.step for p in self.points if p.step % every and not p.by_hand]
+        drop = [p.step for p in self.points[:-1] if p.step % every and not p.by_hand]
         if drop:
             self._write({"thin": drop})
             self._drop(set(drop))
@@ -182,9 +206,12 @@ class History:
             start = end
         return masks
 
-    def _write(self, line: Mapping[str, Any]) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
+        """Append a line with a checksum of itself and of all lines before it."""
         if self.file is not None:
-            append_line(self.file, line)
+            chain = _checksum(line, self._chain)
+            append_line(self.file, {**line, "crc": chain})
+            self._chain = chain
 
     @classmethod
     def load(cls, file: str | FilePath) -> "History":
@@ -196,16 +223,27 @@ class History:
         """
         lines = iter(read_lines(file))
         try:
-            history = cls._from_header(next(lines, {}))
+            header = next(lines, {})
+            history = cls._from_header(header)
+            history._verify(header)
             for line in lines:
+                history._verify(line)
                 history._replay(line)
-        except (LookupError, TypeError, ValueError, AttributeError, zlib.error) as error:
+        except DamagedFileError:
+            raise
+        except _UNREADABLE as error:
             detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
+            raise DamagedFileError(
                 f"{file} is not a readable path ({detail}): "
                 f"it is damaged or not ours; restore it from a copy or train again"
             ) from None
         return history
+
+    def _verify(self, line: dict[str, Any]) -> None:
+        told = line.pop("crc", None)
+        self._chain = _checksum(line, self._chain)
+        if told != self._chain:
+            raise ValueError("a line does not match its checksum, or one is missing before it")
 
     @classmethod
     def _from_header(cls, header: dict[str, Any]) -> "History":
@@ -224,27 +262,40 @@ class History:
         if "point" in line:
             told = line["point"]
             time, density = from_number(told["time"]), from_number(told["density"])
-            assert time is not None
-            assert density is not None
             point = Point(int(told["step"]), time, density, bool(told["by_hand"]))
             delta = base64.b64decode(line["delta"], validate=True)
-            bits = self._last ^ self._inflate(delta)
-            if zlib.crc32(bits.tobytes()) != line["crc"]:
-                raise ValueError(f"the support at step {point.step} does not match its checksum")
-            self._take(point, delta, bits)
+            self._take(point, delta, self._last ^ self._inflate(delta))
         elif "log" in line:
             if not self.points or self.points[-1].step != line["log"]["step"]:
                 raise ValueError("a log without its point")
-            self.points[-1].metrics.update(line["log"]["metrics"])
+            metrics = line["log"]["metrics"].items()
+            self.points[-1].metrics.update({n: _number_or_word(v) for n, v in metrics})
+        elif "keep" in line:
+            self.points[-1] = replace(self.points[-1], by_hand=True)
         elif "thin" in line:
             self._drop(set(line["thin"]))
         else:
             raise ValueError(f"a line with {', '.join(sorted(line)) or 'nothing'}")
 
-    def continue_in(self, file: str | FilePath) -> None:
-        """Append further points to the file this history was loaded from."""
-        self.file = FilePath(file)
-
     def steps(self) -> Iterable[int]:
         """Steps of the recorded points, ascending."""
         return (point.step for point in self.points)
+
+
+def _checksum(line: Mapping[str, Any], before: int) -> int:
+    return zlib.crc32(to_json(line).encode(), before)
+
+
+def _plain(name: str, value: object) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    try:
+        return float(value)  # type: ignore[arg-type]  # tensors and NumPy numbers
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{name}={type(value).__name__} cannot be logged: give numbers, words or None"
+        ) from None
+
+
+def _number_or_word(value: object) -> Any:
+    return from_number(value) if value in ("inf", "-inf", "nan") else value

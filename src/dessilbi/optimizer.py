@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dessilbi import dual
 from dessilbi.kernels import foreach_step_, reference_step_
+from dessilbi.loading import own_loaded_state, with_own_options
 from dessilbi.options import check_group
 from dessilbi.structure import Block, Structure, resolve
 from dessilbi.ticket import Ticket
@@ -209,11 +210,7 @@ class DessiLBI(Optimizer):
         """V of a parameter, created as zeros on its first step."""
         state = self.state[param]
         if dual.STATE_KEY not in state:
-            state[dual.STATE_KEY] = torch.zeros_like(
-                param,
-                dtype=dual.dual_dtype(param),
-                memory_format=torch.preserve_format,
-            )
+            state[dual.STATE_KEY] = dual.zeros_for(param)
         v: Tensor = state[dual.STATE_KEY]
         return v
 
@@ -242,36 +239,17 @@ class DessiLBI(Optimizer):
         loaded: dict[str, Any] = {}
         # Registered last, so that it sees what all other hooks made of the state dict.
         pre = self.register_load_state_dict_pre_hook(
-            lambda _, given: loaded.update(self._completed(given)) or loaded
+            lambda _, given: loaded.update(with_own_options(self, given, self.defaults)) or loaded
         )
         # First among the post hooks, so that the users' see the state as it will be.
         post = self.register_load_state_dict_post_hook(
-            lambda _: self._copy_loaded(loaded), prepend=True
+            lambda _: own_loaded_state(self, loaded), prepend=True
         )
         try:
             super().load_state_dict(state_dict)
         finally:
             pre.remove()
             post.remove()
-
-    def _completed(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Options that the saved groups do not have (those of torch's SGD) stay as they are."""
-        groups = given["param_groups"]
-        if len(groups) == len(self.param_groups):
-            kept = [{k: g[k] for k in self.defaults} for g in self.param_groups]
-            groups = [old | new for old, new in zip(kept, groups, strict=True)]
-        return {**given, "param_groups": groups}
-
-    def _copy_loaded(self, loaded: dict[str, Any]) -> None:
-        ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, param in zip(ids, params, strict=True):
-            given = loaded["state"].get(i, {})
-            for key, value in self.state.get(param, {}).items():
-                if key == dual.STATE_KEY:
-                    value = given[key].to(device=param.device, dtype=dual.dual_dtype(param))
-                if isinstance(value, Tensor):
-                    self.state[param][key] = value.clone() if value is given.get(key) else value
 
     def gamma(self) -> dict[str, Tensor]:
         """Return Gamma = kappa prox(V) of every structured tensor, by name.

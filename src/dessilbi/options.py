@@ -2,6 +2,7 @@
 """Options of a param group: which values are allowed, said in one sentence when they are not."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ BLOCK_SCALES = ("unit", "sqrt")
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Check the options of one param group.
+    """Check the options of one param group of DessiLBI.
 
     Raises:
         ValueError: An option is out of range; the message names it, its value and what is allowed.
@@ -20,52 +21,55 @@ def check_group(group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr has shape {tuple(lr.shape)}: a tensor lr must have one element")
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        lr = 0.0  # reading it would wait for the device; it is the caller's
-    ranges = [
-        ("lr", lr, 0 <= _number("lr", lr) < math.inf, ">= 0 and finite"),
-        *(
-            (name, group[name], 0 < _number(name, group[name]) < math.inf, "> 0 and finite")
-            for name in ("kappa", "nu")
-        ),
-        ("lam", group["lam"], _number("lam", group["lam"]) > 0, "> 0 (inf is allowed)"),
-        *(
-            (name, group[name], 0 <= _number(name, group[name]) < math.inf, ">= 0 and finite")
-            for name in ("momentum", "weight_decay")
-        ),
-        (
-            "dampening",
-            group["dampening"],
-            math.isfinite(_number("dampening", group["dampening"])),
-            "finite",
-        ),
-        (
-            "block_scale",
-            group["block_scale"],
-            group["block_scale"] in BLOCK_SCALES,
-            " or ".join(map(repr, BLOCK_SCALES)),
-        ),
-        (
-            "unit",
-            group["unit"],
-            group["unit"] is None or (isinstance(group["unit"], str) and group["unit"] != ""),
-            "a name or None",
-        ),
-    ]
-    for name, value, fine, allowed in ranges:
-        if not fine:
-            raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
-    for name in ("kappa", "nu", "lam", "momentum", "weight_decay", "dampening"):
-        group[name] = float(group[name])  # a plain value that survives torch.load
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        # A tensor elsewhere is the caller's: reading it would wait for the device.
+        _check("lr", lr, 0 <= _number("lr", lr) < math.inf, ">= 0 and finite")
+    for name in ("momentum", "weight_decay"):
+        _check_and_store(group, name, lambda value: 0 <= value < math.inf, ">= 0 and finite")
+    _check_and_store(group, "dampening", math.isfinite, "finite")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             f"nesterov=True with momentum={group['momentum']!r} and "
             f"dampening={group['dampening']!r} is not allowed: it needs momentum > 0, dampening 0"
         )
-    _check_structure(group)
+    check_coupling(group)
+    check_structure(group)
 
 
-def _check_structure(group: dict[str, Any]) -> None:
+def check_coupling(group: dict[str, Any]) -> None:
+    """Check the options that DessiLBI and wrapped optimizers share.
+
+    Raises:
+        ValueError: As :func:`check_group`.
+    """
+    for name in ("kappa", "nu"):
+        _check_and_store(group, name, lambda value: 0 < value < math.inf, "> 0 and finite")
+    _check_and_store(group, "lam", lambda value: value > 0, "> 0 (inf is allowed)")
+    scale, unit = group["block_scale"], group["unit"]
+    _check("block_scale", scale, scale in BLOCK_SCALES, " or ".join(map(repr, BLOCK_SCALES)))
+    named = isinstance(unit, str) and unit != ""
+    _check("unit", unit, unit is None or named, "a name or None")
+
+
+def _check(name: str, value: object, fine: bool, allowed: str) -> None:
+    if not fine:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+
+
+def _check_and_store(
+    group: dict[str, Any], name: str, fine: Callable[[float], bool], allowed: str
+) -> None:
+    value = _number(name, group[name])
+    _check(name, group[name], fine(value), allowed)
+    group[name] = value  # a plain value that survives torch.load
+
+
+def check_structure(group: dict[str, Any]) -> None:
+    """Check that the group's structure fits all of its tensors.
+
+    Raises:
+        ValueError: It does not; the message names the tensor, its shape and what to do.
+    """
     structure = group["structure"]
     if structure is None:
         if group["unit"] is not None:

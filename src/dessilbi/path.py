@@ -6,24 +6,21 @@ construction; the *support* at a point is not, because blocks do leave Gamma aga
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dessilbi import dual
+from dessilbi.hints import EntryHint
 from dessilbi.history import NEVER, History, Point
 from dessilbi.optimizer import is_phantom_step
 from dessilbi.runs import Run
+from dessilbi.scores import Scores, block_scores, load_scores, save_scores
 from dessilbi.selection import Ranking, rank
-from dessilbi.storage import write_atomic
-from dessilbi.structure import block_norms
 from dessilbi.ticket import Ticket
 
 Order = Literal["dual", "weight", "entry"]
@@ -44,7 +41,7 @@ class Path:
         file: Append every point to this file (it must not exist), safe against crashes.
 
     Raises:
-        ValueError: The optimizer has no structured group or no names, or ``every`` is < 1.
+        ValueError: The optimizer has no structured group or no names, or a number is not > 0.
         OSError: The file exists or cannot be written.
 
     >>> from dessilbi import DessiLBI
@@ -73,20 +70,23 @@ class Path:
     ):
         found = dual.named_members(optimizer)
         for name, value in (("every", every), ("total_steps", total_steps)):
-            if value is not None and value < 1:
+            if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number >= 1")
+        if total_time is not None and not 0 < total_time < math.inf:
+            raise ValueError(f"total_time={total_time!r} is not allowed: it must be > 0, finite")
         self._history = History(
             {m.name: m.spec for m in found},
             {m.name: m.group.get("unit") for m in found},
             file,
         )
-        self._scores: Mapping[str, Mapping[str, Tensor]] | None = None
+        self._scores: Scores | None = None
         self.step = 0
         self.time = 0.0
         self._total_steps, self._total_time = total_steps, total_time
         self._interval = every or (max(1, total_steps // NUM_POINTS) if total_steps else 1)
         self._adaptive = every is None and total_steps is None
-        self._hint_pending = True
+        self._hint = EntryHint()
+        self._closed = False
         self._optimizer: Optimizer | None = optimizer
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
@@ -106,8 +106,10 @@ class Path:
             )
         path = cls.__new__(cls)
         path._history = History.load(run.path)
-        path._scores = _load_scores(run.scores, path._history) if run.scores.is_file() else None
-        path._optimizer = None
+        path._scores = (
+            load_scores(run.scores, path._history.specs) if run.scores.is_file() else None
+        )
+        path._optimizer, path._closed = None, False
         last = path.points[-1] if path.points else Point(0, 0.0, 0.0)
         path.step, path.time = last.step, last.time
         return path
@@ -126,36 +128,47 @@ class Path:
         if is_phantom_step(optimizer):
             return
         self.step += 1
-        self.time += _lr_of(optimizer)
+        self.time += _alpha_of(optimizer)
         if self.step % self._interval:
             return
-        self._record(by_hand=False)
-        if self._adaptive and len(self.points) >= 2 * NUM_POINTS:
+        self._record()
+        automatic = sum(not point.by_hand for point in self._history.points)
+        if self._adaptive and automatic >= 2 * NUM_POINTS:
+            self._history.thin(2 * self._interval)
             self._interval *= 2
-            self._history.thin(self._interval)
 
     def record(self) -> Point:
-        """Record a point now, whatever the interval.
+        """Record a point now, whatever the interval; it is never thinned away.
 
         Raises:
-            ValueError: This path was loaded from a folder and watches no optimizer.
+            ValueError: This path watches no optimizer.
             OSError: The file cannot be written; what it holds stays.
         """
-        return self._record(by_hand=True)
-
-    def _record(self, *, by_hand: bool) -> Point:
-        support = dual.support(self._watched())
-        if not self.points or self.points[-1].step != self.step:
-            point = Point(self.step, self.time, support.density, by_hand)
-            self._history.add(point, support)
-            self._warn_if_nothing_can_enter(support)
+        self._record()
+        self._history.keep_latest()
         return self._history.points[-1]
+
+    def _record(self) -> None:
+        optimizer = self._watched()
+        if self.points and self.points[-1].step == self.step:
+            return
+        everything = dual.support(optimizer)
+        # Tensors that joined the optimizer later are not part of this path.
+        specs = self._history.specs
+        support = Ticket({name: everything[name] for name in specs}, specs)
+        self._history.add(Point(self.step, self.time, support.density), support)
+        total = self._total_time
+        if total is None and self._total_steps is not None:
+            left = max(0, self._total_steps - self.step)
+            total = self.time + left * _alpha_of(optimizer)
+        if total is not None:
+            self._hint.look(optimizer, self.time, total, entered=support.kept_elements > 0)
 
     def _watched(self) -> Optimizer:
         if self._optimizer is None:
+            past = "was closed" if self._closed else "was loaded from a run folder"
             raise ValueError(
-                "this path was loaded from a run folder and watches no optimizer: "
-                "make a new one with Path(optimizer) to record"
+                f"this path {past} and watches no optimizer: make a new one with Path(optimizer)"
             )
         return self._optimizer
 
@@ -173,14 +186,14 @@ class Path:
         if self._optimizer is not None:
             self._scores = self.scores()
             self._handle.remove()
-            self._optimizer = None
+            self._optimizer, self._closed = None, True
 
     def entry(self) -> dict[str, Tensor]:
         """Return the step of the point at which each block was first seen in Gamma; -1: never."""
         return {name: entry.clone() for name, entry in self._history.entries.items()}
 
     def support(self, *, step: int) -> Ticket:
-        """Return supp(Gamma) at the last recorded point up to ``step``.
+        """Return supp(Gamma) at the last point up to ``step`` (or the first that is kept).
 
         Raises:
             ValueError: No point was recorded by then.
@@ -190,12 +203,15 @@ class Path:
         return Ticket(self._history.support(index), self._history.specs, origin)
 
     def _index_at(self, step: int) -> int:
-        steps = list(self._history.steps())
-        index = sum(recorded <= step for recorded in steps) - 1
-        if index < 0:
-            first = f"the first recorded step is {steps[0]}" if steps else "nothing was recorded"
-            raise ValueError(f"step={step!r} comes before the path: {first}")
-        return index
+        self._check_begun(step)
+        index = sum(recorded <= step for recorded in self._history.steps()) - 1
+        return max(index, 0)
+
+    def _check_begun(self, step: int) -> None:
+        first = self._history.first_step
+        if first is None or step < first:
+            known = "nothing was recorded" if first is None else f"its first step is {first}"
+            raise ValueError(f"step={step!r} comes before the path: {known}")
 
     def ticket(
         self,
@@ -224,7 +240,7 @@ class Path:
         if (density is None) == (step is None):
             raise ValueError("give exactly one of density and step to path.ticket")
         if step is not None:
-            self._index_at(step)
+            self._check_begun(step)
             masks = {n: (e != NEVER) & (e <= step) for n, e in self._history.entries.items()}
             return Ticket(masks, self._history.specs, {"kind": "entered", "step": step})
         assert density is not None
@@ -247,7 +263,7 @@ class Path:
             keys.insert(0, {n: -e.masked_fill(e == NEVER, never) for n, e in entries})
         return rank(keys, self._history.specs, self._history.units)
 
-    def scores(self) -> Mapping[str, Mapping[str, Tensor]]:
+    def scores(self) -> Scores:
         """Return {"dual": ||V||/lam, "weight": ||W||} per block, by name; over units jointly.
 
         Of a watched optimizer they are those of this moment. Where every lam is infinite, "dual" is
@@ -267,34 +283,7 @@ class Path:
 
     def save_scores(self, file: str | FilePath) -> None:
         """Write :meth:`scores` as safetensors, so that a loaded path can rank blocks."""
-        flat = {
-            f"{kind}/{name}": values.contiguous()
-            for kind, scores in self.scores().items()
-            for name, values in scores.items()
-        }
-        write_atomic(file, safetensors.torch.save(flat))
-
-    def _warn_if_nothing_can_enter(self, support: Ticket) -> None:
-        if not self._hint_pending or self._optimizer is None:
-            return
-        total = self._total_time
-        if total is None and self._total_steps is not None:
-            total = self.time + max(0, self._total_steps - self.step) * _lr_of(self._optimizer)
-        if total is None or self.time < 0.1 * total or self.time == 0:
-            return
-        self._hint_pending = False
-        best = _best_share(self._optimizer)
-        # ||V|| grows at most about linearly while nothing is selected.
-        predicted = best * total / self.time
-        if support.kept_elements or predicted >= 1 or math.isinf(_least_lam(self._optimizer)):
-            return
-        lam, nu = _least_lam(self._optimizer), float(_structured_group(self._optimizer)["nu"])
-        warnings.warn(
-            f"no block can enter Gamma before the schedule ends: at the recorded rate the largest "
-            f"||V|| reaches {predicted:.2g} of its threshold; use lam <= {lam * predicted / 2:.2g} "
-            f"or nu <= {nu * predicted / 2:.2g}",
-            stacklevel=2,
-        )
+        save_scores(self.scores(), file)
 
     def __repr__(self) -> str:
         points = f"{len(self.points)} points to step {self.step}, path time {self.time:.4g}"
@@ -307,58 +296,5 @@ def _structured_group(optimizer: Optimizer) -> dict[str, Any]:
     return next(g for g in optimizer.param_groups if g.get("structure") is not None)
 
 
-def _lr_of(optimizer: Optimizer) -> float:
-    return float(_structured_group(optimizer)["lr"])
-
-
-def _least_lam(optimizer: Optimizer) -> float:
-    return min(float(member.group["lam"]) for member in dual.members(optimizer))
-
-
-@torch.no_grad()
-def _best_share(optimizer: Optimizer) -> float:
-    """The largest ||V||/lam of all blocks."""
-    shares = [
-        float((dual.unit_norms(optimizer, unit) / dual.threshold(unit)).max())
-        for unit in dual.units_of(dual.members(optimizer))
-        if unit[0].param.numel()
-    ]
-    return max(shares, default=0.0)
-
-
-@torch.no_grad()
-def block_scores(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Return the scores of :meth:`Path.scores` for an optimizer, on the CPU."""
-    found = dual.named_members(optimizer)
-    unbounded = all(math.isinf(member.group["lam"]) for member in found)
-    scores: dict[str, dict[str, Tensor]] = {"dual": {}, "weight": {}}
-    for unit in dual.units_of(found):
-        share = dual.unit_norms(optimizer, unit) / dual.threshold(unit, 1.0 if unbounded else None)
-        weights = [
-            block_norms(m.param.to(torch.promote_types(m.param.dtype, torch.float32)), m.block)
-            for m in unit
-        ]
-        joint = torch.stack([w.reshape(-1).double() for w in weights]).square().sum(0).sqrt()
-        for member, own in zip(unit, weights, strict=True):
-            weight = own if len(unit) == 1 else joint.reshape(member.grid).to(own.dtype)
-            scores["dual"][member.name] = share.reshape(member.grid).cpu()
-            scores["weight"][member.name] = weight.cpu()
-    return scores
-
-
-def _load_scores(file: FilePath, history: History) -> dict[str, dict[str, Tensor]]:
-    try:
-        flat = safetensors.torch.load_file(file)
-        scores = {
-            kind: {name: flat[f"{kind}/{name}"] for name in history.specs}
-            for kind in ("dual", "weight")
-        }
-    except (safetensors.SafetensorError, LookupError) as error:
-        raise ValueError(
-            f"{file} is not readable as block scores ({error}): restore it or train again"
-        ) from None
-    for kind in scores:
-        for name, spec in history.specs.items():
-            if tuple(scores[kind][name].shape) != spec.grid:
-                raise ValueError(f"{file} holds scores of another run: {name} does not fit")
-    return scores
+def _alpha_of(optimizer: Optimizer) -> float:
+    return float(dual.alpha_of(optimizer, _structured_group(optimizer)))

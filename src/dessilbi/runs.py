@@ -10,6 +10,10 @@ from dessilbi.storage import read_json, write_json
 SCHEMA_VERSION = 1
 
 
+class TrainingError(RuntimeError):
+    """A run cannot go on; what it wrote so far stays."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The names of the files of a run folder.
@@ -118,10 +122,10 @@ def create_run(folder: str | FilePath) -> Run:
     return run
 
 
-def free_folder(parent: str | FilePath, name: str) -> FilePath:
-    """Return ``parent/name``, or ``name-2``, ``name-3``, ... where that is taken."""
-    candidate, number = FilePath(parent) / name, 1
+def free_path(parent: str | FilePath, name: str, suffix: str = "") -> FilePath:
+    """Return ``parent/name+suffix``, or with -2, -3, ... after the name where that is taken."""
+    candidate, number = FilePath(parent) / (name + suffix), 1
     while candidate.exists():
         number += 1
-        candidate = FilePath(parent) / f"{name}-{number}"
+        candidate = FilePath(parent) / f"{name}-{number}{suffix}"
     return candidate

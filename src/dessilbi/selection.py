@@ -130,6 +130,8 @@ def _numbers(values: Tensor) -> Floats:
 def _with_floor(tensor_of: Ints, elements: Ints, num_leaders: int, floor: float) -> Floats:
     """The density at which each item, in its present order, joins the family."""
     joins = np.cumsum(elements) / max(int(elements.sum()), 1)
+    # Raising blocks adds at most this floor to the density, so the promise holds for the sum.
+    floor = floor / (1 - floor)
     for index in range(num_leaders):
         own = np.flatnonzero(tensor_of == index)
         share = np.cumsum(elements[own]) / max(int(elements[own].sum()), 1)

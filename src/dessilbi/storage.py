@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 
+class DamagedFileError(ValueError):
+    """A file is not what it should be; the message names it and says what to do."""
+
+
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that readers see the old file or the new one, never a part.
 
@@ -26,7 +30,10 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         OSError: The disk is full or the folder is not writable; the old file is untouched.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:  # it names the temporary file, which means nothing to the caller
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -78,13 +85,20 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def from_number(value: float | str | None) -> float | None:
-    """Read a number that :func:`to_json` may have written as a string.
+def from_number(value: object) -> float:
+    """Read a number that :func:`to_json` may have written as a word.
+
+    Raises:
+        ValueError: It is neither.
 
     >>> from_number("inf")
     inf
     """
-    return None if value is None else float(value)
+    if value in ("inf", "-inf", "nan"):
+        return float(str(value))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
 
 
 def append_line(path: str | Path, value: Mapping[str, Any]) -> None:
@@ -113,7 +127,7 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file of JSON lines; a torn last line is passed over.
 
     Raises:
-        ValueError: A line that is followed by others is not a JSON object.
+        DamagedFileError: A line that is followed by others is not a JSON object.
         FileNotFoundError: There is no such file.
     """
     content = Path(path).read_bytes()
@@ -124,7 +138,7 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise ValueError(
+            raise DamagedFileError(
                 f"{path}, line {number}, is not a JSON object: the file is damaged or not ours; "
                 f"restore it from a copy or train again"
             )
@@ -147,7 +161,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: The file is not a JSON object.
+        DamagedFileError: The file is not a JSON object.
         FileNotFoundError: There is no such file.
     """
     try:
@@ -155,5 +169,5 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object: the file is damaged or not ours")
+        raise DamagedFileError(f"{path} is not a JSON object: the file is damaged or not ours")
     return value

@@ -7,7 +7,6 @@ along it. Values per block (norms, scales, masks) are tensors of the grid's shap
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -48,26 +47,11 @@ def resolve(structure: Structure, shape: Sequence[int], *, name: str = "tensor")
     >>> resolve((4, 4), (84, 120))
     (4, 4)
     """
-    key = structure if isinstance(structure, str) else _as_tuple(structure, name)
-    return _resolve(key, tuple(int(size) for size in shape), name)
-
-
-def _as_tuple(structure: object, name: str) -> Block:
-    if not isinstance(structure, Sequence) or isinstance(structure, bytes):
-        raise ValueError(f"structure {structure!r} of {name} is not allowed: use {_ALLOWED}")
-    # Checked before the cache below, which takes True and 1.0 for 1.
-    for length in structure:
-        if length is not None and (type(length) is not int or length < 1):
-            raise ValueError(
-                f"structure {structure!r} of {name} has the block length {length!r}: "
-                f"each entry is a whole number >= 1 or None"
-            )
-    return tuple(structure)
-
-
-@lru_cache(maxsize=4096)
-def _resolve(structure: str | Block, shape: tuple[int, ...], name: str) -> Block:
-    block = _from_alias(structure, shape, name) if isinstance(structure, str) else structure
+    shape = tuple(int(size) for size in shape)
+    if isinstance(structure, str):
+        block = _from_alias(structure, shape, name)
+    else:
+        block = _as_tuple(structure, name)
     if len(block) != len(shape):
         raise ValueError(
             f"structure {structure!r} has {len(block)} entries but {name} has shape {shape}: "
@@ -80,6 +64,18 @@ def _resolve(structure: str | Block, shape: tuple[int, ...], name: str) -> Block
                 f"{length} do not fit dimension {dim} of size {size}; choose a divisor or None"
             )
     return block
+
+
+def _as_tuple(structure: object, name: str) -> Block:
+    if not isinstance(structure, Sequence) or isinstance(structure, bytes):
+        raise ValueError(f"structure {structure!r} of {name} is not allowed: use {_ALLOWED}")
+    for length in structure:
+        if length is not None and (type(length) is not int or length < 1):
+            raise ValueError(
+                f"structure {structure!r} of {name} has the block length {length!r}: "
+                f"each entry is a whole number >= 1 or None"
+            )
+    return tuple(structure)
 
 
 def _from_alias(alias: str, shape: tuple[int, ...], name: str) -> Block:

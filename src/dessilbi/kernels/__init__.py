@@ -5,5 +5,6 @@
 """
 
 from dessilbi.kernels.foreach import foreach_step_ as foreach_step_
+from dessilbi.kernels.reference import couple_ as couple_
 from dessilbi.kernels.reference import gamma_of as gamma_of
 from dessilbi.kernels.reference import reference_step_ as reference_step_

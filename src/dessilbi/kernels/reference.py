@@ -35,6 +35,23 @@ def add_scaled_(x: Tensor, y: Tensor, factor: float | Tensor) -> None:
         x.add_(y, alpha=factor)
 
 
+def couple_(p: Tensor, v: Tensor, r: Tensor, lr: float | Tensor, *, kappa: float) -> None:
+    """Add the coupling's part of the update: V += lr r, W -= kappa lr r, in place.
+
+    Args:
+        p: W, moved by its own optimizer already.
+        v: V.
+        r: (W - Gamma)/nu of the pair before the step, in the dtype of V.
+        lr: alpha, the step of path time.
+        kappa: The factor kappa.
+    """
+    add_scaled_(v, r, lr)
+    w = p.to(v.dtype)  # p itself when the dtypes agree
+    add_scaled_(w, r, -(kappa * lr))
+    if w is not p:
+        p.copy_(w)
+
+
 def reference_step_(
     params: list[Tensor],
     grads: list[Tensor],

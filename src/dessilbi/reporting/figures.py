@@ -56,7 +56,8 @@ def _finish(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_ylabel(ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, frameon=False)
 
 
 def _draw_layers(axes: Any, epochs: Sequence[Any], layers: Sequence[dict[str, float]]) -> None:

@@ -75,6 +75,7 @@ def summarise(folder: str | FilePath) -> Summary:
 
 def thinned(rows: Sequence[Row], count: int) -> list[Row]:
     """Return about ``count`` rows spread evenly, always with the first and the last."""
+    count = max(count, 2)
     if len(rows) <= count:
         return list(rows)
     picks = {round(i * (len(rows) - 1) / (count - 1)) for i in range(count)}

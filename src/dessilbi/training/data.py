@@ -6,7 +6,7 @@ The sets themselves come from :mod:`dessilbi.training.generated` and
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -85,7 +85,13 @@ DATA_SETS: dict[str, DataSet] = {
 
 
 def load_data(
-    name: str, *, root: str | Path | None, validation: int, seed: int, download: bool = False
+    name: str,
+    *,
+    root: str | Path | None,
+    validation: int,
+    seed: int,
+    download: bool = False,
+    normalise: bool = True,
 ) -> Data:
     """Read a data set into memory, on the CPU.
 
@@ -96,6 +102,8 @@ def load_data(
         validation: How many training samples are set apart for validation.
         seed: Decides which; both parts keep the order of the set.
         download: Whether missing files are fetched, with torchvision.
+        normalise: Shift and scale pixels by the set's mean and standard deviation; else they lie
+            in [0, 1].
 
     Raises:
         ValueError: The name is unknown, ``validation`` leaves nothing on one side, ``root`` is
@@ -118,6 +126,8 @@ def load_data(
                 f"a validation split of {validation} samples does not fit {name}, which has "
                 f"{len(labels)} to train with: give a number from 1 to {len(labels) - 1}"
             )
+        if not normalise:
+            source = replace(source, mean=0.0, std=1.0)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         chosen, rest = order[:validation].sort().values, order[validation:].sort().values
         return Data(

@@ -64,7 +64,8 @@ def recalibrated(model: nn.Module, train: Split, *, samples: int = 4000) -> nn.M
     model.train()
     part = Split(train.inputs[:samples], train.targets[:samples])
     for inputs, _ in batches(part, min(500, len(part.targets)), generator=None):
-        model(inputs)
+        if len(inputs) > 1:  # a batch of one has no deviation
+            model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.train(training)

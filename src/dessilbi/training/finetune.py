@@ -16,6 +16,7 @@ from dessilbi.path import Order, Path
 from dessilbi.runs import Run
 from dessilbi.ticket import Ticket
 from dessilbi.training.data import Data, batches, load_data
+from dessilbi.training.environment import flushed_denormals
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.models import build_model
 from dessilbi.training.recipes import FinetuneRecipe, Recipe, validate_recipe
@@ -54,7 +55,11 @@ def load_trained(run: Run, *, data_root: str | None = None) -> Trained:
             f"{run.folder} has no {run.model.name}: the run did not finish; train it again"
         )
     data = load_data(
-        recipe.data, root=data_root, validation=recipe.validation, seed=recipe.seed, download=False
+        recipe.data,
+        root=data_root,
+        validation=recipe.validation,
+        seed=recipe.seed,
+        normalise=recipe.normalise,
     )
     model = build_model(
         recipe.model, num_classes=data.num_classes, in_channels=data.in_channels, seed=recipe.seed
@@ -72,7 +77,6 @@ def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.M
 
     SGD on the living weights with a cosine schedule to 0; dead blocks stay exactly zero.
     """
-    torch.set_flush_denormal(True)  # masked momentum would decay into denormals
     data, batch_size = trained.data, trained.recipe.batch_size
     model = deepcopy(trained.model)
     optimizer = SGD(
@@ -86,12 +90,13 @@ def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.M
     scheduler = CosineAnnealingLR(optimizer, T_max=max(1, steps))
     generator = torch.Generator().manual_seed(trained.recipe.seed)
     model.train()
-    for _ in range(settings.epochs):
-        for inputs, targets in batches(data.train, batch_size, generator=generator):
-            optimizer.zero_grad()
-            cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            scheduler.step()
+    with flushed_denormals():
+        for _ in range(settings.epochs):
+            for inputs, targets in batches(data.train, batch_size, generator=generator):
+                optimizer.zero_grad()
+                cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                scheduler.step()
     handle.remove()
     return model
 

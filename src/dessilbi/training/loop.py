@@ -17,19 +17,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from dessilbi.groups import param_groups
 from dessilbi.optimizer import DessiLBI
 from dessilbi.path import Path
-from dessilbi.runs import Run, create_run
+from dessilbi.runs import Run, TrainingError, create_run
 from dessilbi.storage import append_line, write_atomic, write_json
-from dessilbi.training.data import Data, batches, load_data
-from dessilbi.training.environment import environment
+from dessilbi.training.data import DATA_SETS, Data, batches, load_data
+from dessilbi.training.environment import environment, flushed_denormals
 from dessilbi.training.evaluation import accuracy, masked, with_weights
-from dessilbi.training.models import build_model
+from dessilbi.training.models import MODELS, build_model
 from dessilbi.training.progress import Reporter, Silent
-from dessilbi.training.recipes import Recipe
+from dessilbi.training.recipes import Recipe, RecipeError
 from dessilbi.training.schedules import multiplier, path_time
-
-
-class TrainingError(RuntimeError):
-    """A run cannot go on; what it wrote so far stays."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +49,37 @@ def prepare(recipe: Recipe, *, data_root: str | FilePath | None, download: bool 
     """Load the data and build model, optimizer and schedule.
 
     Raises:
-        ValueError: The recipe names an unknown model or data set, or a rule does not fit.
+        RecipeError: The recipe names an unknown model or data set, or a rule does not fit.
+        ValueError: A data file is damaged.
         FileNotFoundError: The data is not there; the message names the expected files.
     """
+    for field, value, known in (
+        ("model", recipe.model, MODELS),
+        ("data", recipe.data, DATA_SETS),
+    ):
+        if value not in known:
+            raise RecipeError(
+                f"recipe {recipe.name}: {field}={value!r} is not known: use {', '.join(known)}"
+            )
     data = load_data(
         recipe.data,
         root=data_root,
         validation=recipe.validation,
         seed=recipe.seed,
         download=download,
+        normalise=recipe.normalise,
     )
-    model = build_model(
-        recipe.model,
-        num_classes=data.num_classes,
-        in_channels=data.in_channels,
-        seed=recipe.seed,
-    )
-    groups = param_groups(model, recipe.structure)
-    optimizer = DessiLBI(groups, **recipe.optimizer.model_dump())
+    try:
+        model = build_model(
+            recipe.model,
+            num_classes=data.num_classes,
+            in_channels=data.in_channels,
+            seed=recipe.seed,
+        )
+        groups = param_groups(model, recipe.structure)
+        optimizer = DessiLBI(groups, **recipe.optimizer.model_dump())
+    except ValueError as error:
+        raise RecipeError(f"recipe {recipe.name}: {error}") from None
     steps_per_epoch = math.ceil(len(data.train.targets) / recipe.batch_size)
     total_steps = recipe.epochs * steps_per_epoch
     scheduler = LambdaLR(
@@ -102,8 +111,6 @@ def train(
         TrainingError: The loss is not finite.
         OSError: The disk is full or not writable; what was written stays.
     """
-    # Decaying weights end in denormals, which are many times slower on CPUs.
-    torch.set_flush_denormal(True)
     setting = prepare(recipe, data_root=data_root, download=download)
     run = create_run(out)
     write_json(run.recipe, recipe.model_dump())
@@ -111,7 +118,8 @@ def train(
     write_atomic(run.init, safetensors.torch.save(setting.model.state_dict()))
     run.set_status("running")
     try:
-        summary = _run(setting, run, reporter or Silent())
+        with flushed_denormals():
+            summary = _run(setting, run, reporter or Silent())
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         with suppress(OSError):

@@ -21,6 +21,24 @@ def _threshold(value: object) -> object:
     return math.inf if value == "inf" else value
 
 
+def _rules(value: object) -> object:
+    """What TOML and JSON have no word for: "none" is no structure, "all" a whole dimension."""
+    if not isinstance(value, dict):
+        return value
+    return {pattern: _rule(rule) for pattern, rule in value.items()}
+
+
+def _rule(rule: object) -> object:
+    if rule == "none":
+        return None
+    if isinstance(rule, list | tuple):
+        return tuple(None if length == "all" else length for length in rule)
+    if isinstance(rule, dict):
+        told = {key: _threshold(value) for key, value in rule.items()}
+        return told | ({"structure": _rule(told["structure"])} if "structure" in told else {})
+    return rule
+
+
 Threshold = Annotated[float, Field(gt=0), BeforeValidator(_threshold)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -44,7 +62,7 @@ class OptimizerRecipe(_Part):
     nu: Positive = 100.0
     lam: Threshold = 1.0
     momentum: NonNegative = 0.9
-    dampening: float = 0.0
+    dampening: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     weight_decay: NonNegative = 0.0
     nesterov: bool = False
     block_scale: Literal["unit", "sqrt"] = "unit"
@@ -74,13 +92,19 @@ class FinetuneRecipe(_Part):
 
 
 class Recipe(_Part):
-    """One experiment, complete: the same recipe and machine give the same numbers."""
+    """One experiment, complete: the same recipe and machine give the same numbers.
+
+    ``normalise``: shift and scale pixels by the set's mean and deviation; else they are in [0, 1].
+    ``structure``: glob of parameter names -> structure or table of group options, see param_groups.
+    ``validation``: training samples kept apart for every choice. ``points``: of the path, about.
+    """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     summary: str = ""
     source: str = ""
     model: str
     data: str
+    normalise: bool = True
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -89,7 +113,7 @@ class Recipe(_Part):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     finetune: FinetuneRecipe = FinetuneRecipe()
-    structure: dict[str, Any] = Field(default_factory=dict)
+    structure: Annotated[dict[str, Any], BeforeValidator(_rules)] = Field(default_factory=dict)
 
 
 def recipe_names() -> list[str]:

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores: how much each block weighs, ||V||/lam and ||W||, and their file."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dessilbi import dual
+from dessilbi.storage import DamagedFileError, write_atomic
+from dessilbi.structure import block_norms
+from dessilbi.ticket import TensorSpec
+
+Scores = Mapping[str, Mapping[str, Tensor]]
+KINDS = ("dual", "weight")
+
+
+@torch.no_grad()
+def block_scores(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Return {"dual": ||V||/lam, "weight": ||W||} per block, by name, on the CPU.
+
+    Members of a unit share the norms over the unit. Where every lam is infinite, "dual" is ||V||
+    by itself (divided by sqrt(|u|) under block_scale "sqrt").
+
+    Raises:
+        ValueError: No group has a structure, or the parameters have no names.
+    """
+    found = dual.named_members(optimizer)
+    unbounded = all(math.isinf(member.group["lam"]) for member in found)
+    scores: dict[str, dict[str, Tensor]] = {"dual": {}, "weight": {}}
+    for unit in dual.units_of(found):
+        share = dual.unit_norms(optimizer, unit) / dual.threshold(unit, 1.0 if unbounded else None)
+        weights = [block_norms(m.param.to(dual.dual_dtype(m.param)), m.block) for m in unit]
+        joint = torch.stack([w.reshape(-1).double() for w in weights]).square().sum(0).sqrt()
+        for member, own in zip(unit, weights, strict=True):
+            weight = own if len(unit) == 1 else joint.reshape(member.grid).to(own.dtype)
+            # Clones: members of a unit must not share memory, or they cannot be saved.
+            scores["dual"][member.name] = share.reshape(member.grid).cpu().clone()
+            scores["weight"][member.name] = weight.cpu().clone()
+    return scores
+
+
+def save_scores(scores: Scores, file: str | FilePath) -> None:
+    """Write scores as one safetensors file."""
+    flat = {
+        f"{kind}/{name}": values.contiguous()
+        for kind, named in scores.items()
+        for name, values in named.items()
+    }
+    write_atomic(file, safetensors.torch.save(flat))
+
+
+def load_scores(
+    file: str | FilePath, specs: Mapping[str, TensorSpec]
+) -> dict[str, dict[str, Tensor]]:
+    """Read scores of the tensors in ``specs``.
+
+    Raises:
+        DamagedFileError: The file is damaged or of another run.
+    """
+    try:
+        flat = safetensors.torch.load_file(file)
+        scores = {kind: {name: flat[f"{kind}/{name}"] for name in specs} for kind in KINDS}
+    except (safetensors.SafetensorError, LookupError) as error:
+        raise DamagedFileError(
+            f"{file} is not readable as block scores ({error}): restore it or train again"
+        ) from None
+    for named in scores.values():
+        for name, spec in specs.items():
+            if tuple(named[name].shape) != spec.grid or not named[name].is_floating_point():
+                raise DamagedFileError(f"{file} holds scores of another run: {name} does not fit")
+    return scores

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""wrap: the dynamics of DessiLBI around another torch optimizer, which moves W as it always does.
+
+The base takes its step; the coupling then joins the update once, outside the base's moments, and V
+stays first order. W + kappa V moves by exactly the base's displacement.
+"""
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from dessilbi import dual
+from dessilbi.kernels import couple_, gamma_of
+from dessilbi.loading import own_loaded_state, with_own_options
+from dessilbi.optimizer import DessiLBI, is_phantom_step
+from dessilbi.options import check_coupling, check_structure
+from dessilbi.structure import Structure
+from dessilbi.ticket import Ticket
+
+OPTIONS = ("kappa", "nu", "lam", "structure", "unit", "block_scale")
+
+
+def wrap(
+    base: Optimizer,
+    *,
+    nu: float,
+    lam: float,
+    kappa: float = 1.0,
+    structure: Structure | None = None,
+    unit: str | None = None,
+    block_scale: str = "unit",
+    path_lr: float | None = None,
+) -> "Wrapped":
+    """Give ``base`` the dynamics of DessiLBI: V and Gamma beside the weights it trains.
+
+    With lr the base's learning rate, alpha = lr/kappa, and r = (W - Gamma)/nu from the old pair:
+
+        base.step();   then for parameters that had a gradient:  W <- W - lr r,   V <- V + alpha r
+
+    so wrap(SGD(lr=kappa alpha)) is DessiLBI(lr=alpha, kappa=kappa). For SGD with momentum mu the
+    base moves W about 1/(1 - mu) times as far as lr says, for Adam about lr per step whatever the
+    gradient's size: choose nu by R = T/nu with T the sum of lr over the run (R of about 10). With
+    AdamW at lr 1e-3 over 10,000 steps T is 10: nu = 1 and lam = 1 select something, while nu = 100
+    never does.
+
+    Args:
+        base: Any torch optimizer that takes p as the iterate and lr as the step (SGD, Adam, AdamW,
+            Muon, Lion, timm's). Its groups may carry structure, unit, lam, nu, kappa, block_scale.
+        nu: The coupling's strength is 1/nu.
+        lam: Threshold of ||V||, > 0; ``inf`` keeps Gamma at zero.
+        kappa: Scale between V and Gamma; redundant, see DessiLBI.
+        structure: Block shape for groups that do not carry their own; None leaves them to the base.
+        unit: Unit of groups that do not carry their own.
+        block_scale: "unit" or "sqrt", see DessiLBI.
+        path_lr: The step of W to use for the coupling in place of the base's lr, for a base whose
+            lr does not mean one (Prodigy, Adafactor).
+
+    Returns:
+        An optimizer to use in the base's place: hand it to schedulers, Path and GradScaler.
+        ``param_groups`` is the base's own list. A step holds one transient buffer, r, of the size
+        of the structured weights.
+
+    Raises:
+        ValueError: An option is out of range, or the base is of a kind that cannot be wrapped.
+        TypeError: ``base`` is not a torch optimizer.
+
+    >>> layer = torch.nn.Linear(8, 4)
+    >>> base = torch.optim.AdamW(layer.named_parameters(), lr=1e-2)
+    >>> optimizer = wrap(base, nu=0.1, lam=0.01, structure="layer")
+    >>> layer(torch.ones(2, 8)).square().mean().backward()
+    >>> optimizer.step()
+    >>> sorted(optimizer.state[layer.weight])
+    ['exp_avg', 'exp_avg_sq', 'step', 'v']
+    """
+    _check_base(base, path_lr)
+    options = {
+        "kappa": kappa,
+        "nu": nu,
+        "lam": lam,
+        "structure": structure,
+        "unit": unit,
+        "block_scale": block_scale,
+    }
+    return Wrapped(base, options, path_lr)
+
+
+def _check_base(base: object, path_lr: float | None) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"wrap takes a torch optimizer but was given {type(base).__name__}: "
+            f"build one first, for example torch.optim.AdamW(model.named_parameters())"
+        )
+    kind = type(base).__name__
+    if isinstance(base, DessiLBI | Wrapped):
+        raise ValueError(f"wrap was given a {kind}, which has a V already: use it as it is")
+    if isinstance(base, LBFGS):
+        raise ValueError(
+            "wrap was given LBFGS, which moves the weights several times in one step: "
+            "use a base with one update per step, such as SGD or AdamW"
+        )
+    if callable(getattr(base, "train", None)) and callable(getattr(base, "eval", None)):
+        raise ValueError(
+            f"wrap was given {kind}, whose train() and eval() swap the weights, so that p is not "
+            f"the iterate: use a base without them, such as SGD or AdamW"
+        )
+    if path_lr is not None:
+        if not 0 < path_lr < float("inf"):
+            raise ValueError(f"path_lr={path_lr!r} is not allowed: it must be > 0 and finite")
+        return
+    for group in base.param_groups:
+        adaptive = "d_coef" in group or group.get("relative_step") or kind == "Adafactor"
+        if adaptive or not isinstance(group.get("lr"), float | int | Tensor):
+            raise ValueError(
+                f"wrap was given {kind}, whose lr is not the step of the weights: "
+                f"say the step to use for the coupling with path_lr=..."
+            )
+
+
+class Wrapped(Optimizer):
+    """What :func:`wrap` returns; build it with that.
+
+    Args:
+        base: The wrapped optimizer; ``param_groups`` and ``state`` are its own.
+        options: Defaults of the coupling for groups that do not carry their own.
+        path_lr: See :func:`wrap`.
+    """
+
+    def __init__(self, base: Optimizer, options: dict[str, Any], path_lr: float | None):
+        # Not Optimizer.__init__, which would make groups and state of its own.
+        super().__setstate__({"defaults": base.defaults, "base": base, "path_lr": path_lr})
+        self.base: Optimizer
+        self.path_lr: float | None
+        self._options = options
+        self._waiting: dict[Tensor, Tensor] = {}
+        for group in base.param_groups:
+            self._complete(group)
+        dual.units_of(dual.members(self))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's own list of groups."""
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's own state, with "v" added."""
+        return self.base.state
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Fill in and check the coupling's options of one of the base's groups."""
+        for name in OPTIONS:
+            group.setdefault(name, self._options[name])
+        check_coupling(group)
+        check_structure(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; it may carry the coupling's options.
+
+        Raises:
+            ValueError: An option is out of range or does not fit; the optimizer is unchanged.
+        """
+        self.base.add_param_group(param_group)
+        try:
+            self._complete(self.base.param_groups[-1])
+            dual.units_of(dual.members(self))
+        except Exception:
+            self.base.param_groups.pop()
+            raise
+
+    def alpha_of(self, group: dict[str, Any]) -> float | Tensor:
+        """Return alpha = lr/kappa, the step of path time."""
+        step: float | Tensor = group["lr"] if self.path_lr is None else self.path_lr
+        alpha: float | Tensor = step / group["kappa"]
+        return alpha
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take the base's step, then couple the weights it moved to Gamma.
+
+        Args:
+            closure: As the base takes it.
+
+        Returns:
+            What the base returns.
+
+        Raises:
+            ValueError: Members of a unit no longer agree.
+        """
+        phantom = closure is None and is_phantom_step(self)
+        for group in self.param_groups:
+            if OPTIONS[0] not in group:  # added to the base itself
+                self._complete(group)
+        found = dual.members(self)
+        # With a closure, gradients (and so who moves) are known only afterwards.
+        moving = [m for m in found if closure is not None or m.param.grad is not None]
+        scales = dual.shrink_scales(self, found)
+        pulls = {m.param: self._pull(m, scales[m.param]) for m in moving if not phantom}
+        alphas = [self.alpha_of(group) for group in self.param_groups]
+        alphas = [a.clone() if isinstance(a, Tensor) else a for a in alphas]
+        loss = self.base.step() if closure is None else self.base.step(closure)
+        clock = {id(g): a for g, a in zip(self.param_groups, alphas, strict=True)}
+        for member in moving:
+            if member.param.grad is None:
+                continue
+            v = self._v_of(member.param)
+            if not phantom:
+                couple_(
+                    member.param,
+                    v,
+                    pulls[member.param],
+                    clock[id(member.group)],
+                    kappa=member.group["kappa"],
+                )
+        return loss
+
+    def _pull(self, member: dual.Member, scale: Tensor | None) -> Tensor:
+        """Return r = (W - Gamma)/nu of the old pair."""
+        w, group = member.param, member.group
+        v = dual.v_of(self, w)
+        wide = w.to(dual.dual_dtype(w))
+        if v is None:
+            return wide.div(group["nu"])
+        gamma = gamma_of(v, scale, member.block, kappa=group["kappa"], lam=group["lam"])
+        return (wide - gamma).div_(group["nu"])
+
+    def _v_of(self, param: Tensor) -> Tensor:
+        """V of a parameter; joins the state only now, when the base's keys are there."""
+        state = self.state[param]
+        if dual.STATE_KEY not in state:
+            v = self._waiting.pop(param, None)
+            state[dual.STATE_KEY] = dual.zeros_for(param) if v is None else v
+        result: Tensor = state[dual.STATE_KEY]
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the base does."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state dict, with "v" in it."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state_dict = self.base.state_dict()
+        # V of a base that has not made its own state yet is kept aside; it belongs in the file.
+        places = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        for param, v in self._waiting.items():
+            state_dict["state"].setdefault(places[param], {})[dual.STATE_KEY] = v
+        for post in self._optimizer_state_dict_post_hooks.values():
+            changed = post(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict into the base; V keeps float32 or wider. See DessiLBI."""
+        for pre in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        given = with_own_options(self, state_dict, OPTIONS)
+        self.base.load_state_dict(given)
+        own_loaded_state(self.base, given)
+        self._waiting = {}
+        for param, state in list(self.state.items()):
+            if isinstance(state, dict) and set(state) == {dual.STATE_KEY}:
+                # AdamW and others take a state that is not empty for one of their own.
+                self._waiting[param] = state.pop(dual.STATE_KEY)
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything deepcopy and pickle need; the base goes along."""
+        return {
+            "defaults": self.defaults,
+            "base": self.base,
+            "path_lr": self.path_lr,
+            "_options": self._options,
+            "_waiting": self._waiting,
+        }
+
+    def __repr__(self) -> str:
+        """The base's own description, wrapped."""
+        return f"wrap({self.base!r})"
+
+    def gamma(self) -> dict[str, Tensor]:
+        """Return Gamma by name; see DessiLBI.gamma."""
+        return dual.gamma(self)
+
+    def support(self) -> Ticket:
+        """Return supp(Gamma); see DessiLBI.support."""
+        return dual.support(self)

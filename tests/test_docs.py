@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents show works, and what they point to exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+CODE = [(page, code) for page in PAGES for code in blocks(page)]
+
+
+def test_there_is_code_to_run():
+    assert any(page.name == "README.md" for page, _ in CODE)
+
+
+@pytest.mark.parametrize(
+    ("page", "code"), CODE, ids=lambda v: v.name if isinstance(v, Path) else ""
+)
+def test_code_blocks_run_as_they_stand(page, code):
+    torch.manual_seed(0)
+    exec(compile(code, str(page), "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_within_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} points to {target}"
+
+
+def test_the_readme_names_the_commands_of_the_makefile():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in ("demo", "check", "test", "test-full"):
+        assert f"make {target}" in readme
+        assert re.search(rf"^{target}:", makefile, re.M)
