@@ -127,10 +127,10 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe once and record its path."""
+    chosen = load_recipe(recipe, assignments or ())
     from dessilbi.training.loop import train as train_recipe
     from dessilbi.training.progress import default_reporter
 
-    chosen = load_recipe(recipe, assignments or ())
     folder = out or free_path("runs", chosen.name)
     run = train_recipe(
         chosen,
@@ -192,7 +192,7 @@ def ticket(
     chosen.save(file)
     if as_json:
         facts = {"density": chosen.density, "file": str(file), "layers": chosen.densities()}
-        _print_json({**facts, "origin": dict(chosen.origin)})
+        _print_json({**chosen.origin, **facts})
     else:
         typer.echo(f"{chosen}\nsaved as {file}")
 

@@ -125,7 +125,8 @@ class DessiLBI(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             for name, default in self.defaults.items():
-                group.setdefault(name, default)
+                if name != "differentiable":  # torch's own addition to the defaults
+                    group.setdefault(name, default)
         self._placeholders = state.get("_placeholders", set())
 
     def __getstate__(self) -> dict[str, Any]:

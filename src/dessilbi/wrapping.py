@@ -7,6 +7,7 @@ stays first order. W + kappa V moves by exactly the base's displacement.
 
 from collections.abc import Callable
 from typing import Any, overload
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from dessilbi.options import check_coupling, check_structure
 from dessilbi.structure import Structure
 from dessilbi.ticket import Ticket
 
+_WRAPPED: WeakSet[Optimizer] = WeakSet()
 OPTIONS = ("kappa", "nu", "lam", "structure", "unit", "block_scale")
 
 
@@ -94,6 +96,11 @@ def _check_base(base: object, path_lr: float | None) -> None:
             f"build one first, for example torch.optim.AdamW(model.named_parameters())"
         )
     kind = type(base).__name__
+    if base in _WRAPPED:
+        raise ValueError(
+            f"wrap was given a {kind} that is wrapped already: use the first wrapper, or build a "
+            f"new base"
+        )
     if isinstance(base, DessiLBI | Wrapped):
         raise ValueError(f"wrap was given a {kind}, which has a V already: use it as it is")
     if isinstance(base, LBFGS):
@@ -135,9 +142,17 @@ class Wrapped(Optimizer):
         self.path_lr: float | None
         self._options = options
         self._waiting: dict[Tensor, Tensor] = {}
-        for group in base.param_groups:
-            self._complete(group)
-        dual.units_of(dual.members(self))
+        before = [dict(group) for group in base.param_groups]
+        try:
+            for group in base.param_groups:
+                self._complete(group)
+            dual.units_of(dual.members(self))
+        except Exception:
+            for group, old in zip(base.param_groups, before, strict=True):
+                group.clear()
+                group.update(old)
+            raise
+        _WRAPPED.add(base)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -263,13 +278,19 @@ class Wrapped(Optimizer):
             changed = pre(self, state_dict)
             state_dict = state_dict if changed is None else changed
         given = with_own_options(self, state_dict, OPTIONS)
+        # AdamW and others take any state that is not empty for one of their own, so they must
+        # not see one that holds V alone.
+        alone = {i: s for i, s in given["state"].items() if set(s) == {dual.STATE_KEY}}
+        given["state"] = {i: s for i, s in given["state"].items() if i not in alone}
         self.base.load_state_dict(given)
         own_loaded_state(self.base, given)
-        self._waiting = {}
-        for param, state in list(self.state.items()):
-            if isinstance(state, dict) and set(state) == {dual.STATE_KEY}:
-                # AdamW and others take a state that is not empty for one of their own.
-                self._waiting[param] = state.pop(dual.STATE_KEY)
+        ids = [i for group in given["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._waiting = {
+            p: alone[i][dual.STATE_KEY].to(p.device, dual.dual_dtype(p), copy=True)
+            for i, p in zip(ids, params, strict=True)
+            if i in alone
+        }
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
