@@ -30,6 +30,11 @@ ORDER = [
     "scores",  # how much each block weighs
     "hints",  # early warnings
     "path",
+    "closing",  # a ticket extended to what hangs on it
+    "cutting",  # kept indices, applied to tensors and modules
+    "rewriting",  # kept indices, applied to the exported program
+    "folding",  # constants of dead channels
+    "proving",  # numbers before and after, certificate
     "compaction",
     "growth",
     "exporting",

@@ -8,6 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dessilbi.compaction import Compacted as Compacted
+    from dessilbi.compaction import close as close
+    from dessilbi.compaction import compact as compact
     from dessilbi.groups import param_groups as param_groups
     from dessilbi.optimizer import DessiLBI as DessiLBI
     from dessilbi.path import Path as Path
@@ -17,9 +20,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
+    "Compacted": "dessilbi.compaction",
     "DessiLBI": "dessilbi.optimizer",
     "Path": "dessilbi.path",
     "Ticket": "dessilbi.ticket",
+    "close": "dessilbi.compaction",
+    "compact": "dessilbi.compaction",
     "param_groups": "dessilbi.groups",
     "wrap": "dessilbi.wrapping",
 }

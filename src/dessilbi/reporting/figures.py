@@ -76,7 +76,7 @@ def _draw_accuracy(axes: Any, epochs: Sequence[Any], rows: Sequence[Any]) -> Non
     ):
         values = [100 * getattr(row, name) for row in rows]
         axes.plot(epochs, values, color=colour, ls=style, lw=1.4, label=label)
-    _finish(axes, "The ticket reaches W, nothing retrained", "epoch", "test accuracy (%)")
+    _finish(axes, "Accuracy along the path, nothing retrained", "epoch", "test accuracy (%)")
 
 
 def _draw_family(axes: Any, family: dict[str, Any]) -> None:

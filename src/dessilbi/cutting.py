@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cutting: which indices of every tensor stay, and the same cut for Python modules.
+
+The cuts are a plain value: optimizer state, saved files and the two ways of compaction use them.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dessilbi.closing import Flags, flagged
+from dessilbi.graph import Graph
+from dessilbi.graph.labels import Ids
+from dessilbi.naming import canonical_name
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Indices of one dimension that stay, in order.
+
+    With ``groups`` > 1 they count the input channels of a grouped convolution over all groups.
+    """
+
+    name: str
+    dim: int
+    size: int
+    index: Ids
+    groups: int = 1
+
+
+Cuts = Mapping[str, tuple[Cut, ...]]
+
+
+def find_cuts(graph: Graph, gone: Flags) -> dict[str, tuple[Cut, ...]]:
+    """Return tensor -> its cuts, for tensors that get smaller."""
+    found: dict[tuple[str, int], Cut] = {}
+    for axis, blocks in graph.axes.items():
+        stays = ~flagged(blocks, gone)
+        if not stays.all():
+            index = np.flatnonzero(stays)
+            cut = Cut(axis.name, axis.dim, axis.size, index, axis.groups)
+            found[axis.name, axis.dim] = cut
+    names = sorted({name for name, _ in found})
+    return {
+        name: tuple(cut for (n, _), cut in sorted(found.items()) if n == name) for name in names
+    }
+
+
+def groups_after(cuts: tuple[Cut, ...], groups: int) -> int:
+    """Return how many groups of a grouped convolution stay."""
+    for cut in sorted(cuts, key=lambda cut: -cut.groups):
+        if cut.groups > 1 or cut.dim == 0:
+            return len(np.unique(cut.index // (cut.size // groups)))
+    return groups
+
+
+def cut_tensor(tensor: Tensor, cuts: tuple[Cut, ...]) -> Tensor:
+    """Return the part of ``tensor`` that stays.
+
+    >>> cut_tensor(torch.arange(6).reshape(2, 3), (Cut("w", 1, 3, np.array([0, 2])),))
+    tensor([[0, 2],
+            [3, 5]])
+    """
+    grouped = next((cut for cut in cuts if cut.groups > 1), None)
+    if grouped is not None:
+        rows = next((cut.index for cut in cuts if cut.dim == 0), np.arange(tensor.shape[0]))
+        return _cut_grouped(tensor, rows, grouped)
+    for cut in cuts:
+        tensor = tensor.index_select(cut.dim, torch.from_numpy(cut.index).to(tensor.device))
+    return tensor.clone()
+
+
+def _cut_grouped(tensor: Tensor, rows: Ids, columns: Cut) -> Tensor:
+    """Every group of rows reads its own columns, the same number everywhere."""
+    width = columns.size // columns.groups
+    height = tensor.shape[0] // columns.groups
+    parts = []
+    for group in np.unique(columns.index // width).tolist():
+        mine = torch.from_numpy(rows[rows // height == group])
+        inside = torch.from_numpy(columns.index[columns.index // width == group] - group * width)
+        device = tensor.device
+        parts.append(tensor[mine.to(device)].index_select(1, inside.to(device)))
+    return torch.cat(parts)
+
+
+def cut_module(model: nn.Module, cuts: Cuts) -> nn.Module:
+    """Return a copy of ``model`` with cut parameters, buffers and layer sizes."""
+    model = copy.deepcopy(model)
+    names = {id(t): canonical_name(n) for n, t in model.named_parameters()}
+    names |= {id(t): canonical_name(n) for n, t in model.named_buffers()}
+    done: dict[int, Tensor] = {}
+    for module in model.modules():
+        touched: dict[str, tuple[Cut, ...]] = {}
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                name = names.get(id(tensor))
+                if tensor is None or name is None or name not in cuts:
+                    continue
+                touched[key] = cuts[name]
+                if id(tensor) not in done:
+                    smaller = cut_tensor(tensor.detach(), cuts[name])
+                    if isinstance(tensor, nn.Parameter):
+                        smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
+                    done[id(tensor)] = smaller
+                own[key] = done[id(tensor)]  # type: ignore[assignment]
+        if touched:
+            _resize(module, touched)
+    return model
+
+
+def _resize(module: nn.Module, touched: dict[str, tuple[Cut, ...]]) -> None:
+    """Tell a layer its new sizes."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    shape = tuple(weight.shape)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        before = module.groups
+        if "weight" in touched:
+            module.groups = groups_after(touched["weight"], before)
+        rows, columns = (shape[1], shape[0]) if module.transposed else (shape[0], shape[1])
+        if module.transposed:
+            module.in_channels, module.out_channels = columns, rows * module.groups
+        else:
+            module.out_channels, module.in_channels = rows, columns * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = shape[0]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_groups * shape[0] // module.num_channels
+        module.num_channels = shape[0]
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = shape[1]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = shape[0]

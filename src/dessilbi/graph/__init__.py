@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Graph: what hangs together in a model, read from its exported program.
+
+``program`` reads the operations, ``labels`` travel through them, ``reader`` walks and asks one
+small rule per operation (``layers``, ``elementwise``, ``movement``, ``reductions``,
+``contraction``; add yours with :func:`rule`), ``units`` turns the result into a plain value.
+"""
+
+from dessilbi.graph import contraction, elementwise, layers, movement, reductions
+from dessilbi.graph.coupling import Coupling, couplings
+from dessilbi.graph.reader import Known, Reader, Weight, rule
+from dessilbi.graph.units import Graph, Member, Unit, read_graph
+
+__all__ = [
+    "Coupling",
+    "Graph",
+    "Known",
+    "Member",
+    "Reader",
+    "Unit",
+    "Weight",
+    "couplings",
+    "read_graph",
+    "rule",
+]
+
+_RULES = (contraction, elementwise, layers, movement, reductions)  # imported for their rules

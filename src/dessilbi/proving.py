@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proving: numbers before and after, and the certificate that two models compute the same."""
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dessilbi.graph.program import ExampleInputs, as_arguments, evaluating
+from dessilbi.graph.reader import flatten
+from dessilbi.ticket import Ticket
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What compaction did, in numbers.
+
+    ``relative_diff`` is the certificate: max |difference| of the outputs in float64 over all
+    probes, divided by how much the output itself varies over them. ``max_abs_diff`` is the same in
+    the model's own type, not divided. ``form`` is ``"module"`` (the class is kept) or
+    ``"program"`` (the exported operations, for inference).
+    """
+
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    macs_before: int
+    macs_after: int
+    max_abs_diff: float
+    relative_diff: float
+    probes: int
+    dead: int
+    removed: int
+    revived: Mapping[str, int]
+    kept_zero: Mapping[str, int]
+    form: str
+    notes: tuple[str, ...] = ()
+    latency_ms_before: tuple[float, float] | None = None
+    latency_ms_after: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        """A small table."""
+        rows = [
+            ("parameters", f"{self.params_before:,}", f"{self.params_after:,}"),
+            ("bytes", f"{self.bytes_before:,}", f"{self.bytes_after:,}"),
+            ("MACs", f"{self.macs_before:,}", f"{self.macs_after:,}"),
+        ]
+        if self.latency_ms_before and self.latency_ms_after:
+            told = [
+                f"{m:.2f} +- {s:.2f}" for m, s in (self.latency_ms_before, self.latency_ms_after)
+            ]
+            rows.append(("latency ms", *told))  # type: ignore[arg-type]
+        lines = [f"{name:<12}{before:>18}{after:>18}" for name, before, after in rows]
+        lines.append(f"max |difference| {self.max_abs_diff:.3g} on {self.probes} probes")
+        lines.append(f"relative, float64 {self.relative_diff:.3g}")
+        lines.append(f"removed {self.removed} of {self.dead} dead units, form: {self.form}")
+        for label, found in (("revived", self.revived), ("kept as zeros", self.kept_zero)):
+            lines += [f"{label}: {count} of {name}" for name, count in found.items()]
+        return "\n".join([*lines, *self.notes])
+
+
+def probes_of(example_inputs: ExampleInputs, count: int = 2) -> list[Arguments]:
+    """Return the example inputs and ``count`` others of the same kind."""
+    args, kwargs = as_arguments(example_inputs)
+    generator = torch.Generator().manual_seed(0)
+
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.numel():
+            return value
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            spread = float(value.double().std()) if value.numel() > 1 else 1.0
+            scale = spread if spread > 0 else 1.0
+            return (noise * scale + float(value.double().mean())).to(value)
+        order = torch.randperm(value.numel(), generator=generator).to(value.device)
+        return value.reshape(-1)[order].reshape(value.shape)
+
+    more = [
+        (tuple(other(x) for x in args), {k: other(x) for k, x in kwargs.items()})
+        for _ in range(count)
+    ]
+    return [(args, kwargs), *more]
+
+
+def wide(arguments: Arguments, factor: float = 1.0) -> Arguments:
+    """Return the same arguments in float64, times a factor."""
+
+    def double(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.double() * factor if is_float else value
+
+    args, kwargs = arguments
+    return tuple(double(x) for x in args), {k: double(x) for k, x in kwargs.items()}
+
+
+def outputs(model: nn.Module, probes: Sequence[Arguments]) -> list[list[Tensor]]:
+    """Return every tensor the model returns, per probe, in eval mode."""
+    with evaluating(model), torch.no_grad():
+        return [_tensors(model(*args, **kwargs)) for args, kwargs in probes]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if hasattr(value, "__dataclass_fields__"):
+        value = [getattr(value, name) for name in value.__dataclass_fields__]
+    return [x for x in flatten(value) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def variation(found: Sequence[Sequence[Tensor]]) -> float:
+    """Return how much the outputs differ between probes, at most."""
+    first = found[0]
+    gaps = [(a - b).abs().max() for other in found[1:] for a, b in zip(first, other, strict=True)]
+    return max((float(gap) for gap in gaps), default=0.0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A float64 model, probes, its outputs, and how much these vary against their size."""
+
+    model: nn.Module
+    probes: list[Arguments]
+    expected: list[list[Tensor]]
+    variation: float
+    size: float
+
+    @property
+    def tells(self) -> bool:
+        """Whether rounding is far smaller than what the input does to the output."""
+        return self.variation > 1e-4 * self.size
+
+    def certify(self, candidate: nn.Module) -> float:
+        """Return the largest difference, relative to variation (to size where that is rounding)."""
+        gap = difference(self.expected, outputs(candidate, self.probes))
+        if self.size == 0:
+            return gap
+        return gap / (self.variation if self.tells else 1e3 * self.size)
+
+
+def find_references(
+    closed: nn.Module, ticket: Ticket, example_inputs: ExampleInputs
+) -> list[Reference]:
+    """Return the model in float64 with probes that tell, and a calibrated copy if they do not.
+
+    In a net whose signal fades (untrained, foreign statistics) inputs move the output by less than
+    rounding. Then the same cut is also certified on a copy whose batch norms fit the probes and
+    whose all-zero weights (an untrained head) are drawn at random.
+
+    Raises:
+        ValueError: The output does not depend on the input.
+    """
+    probes = probes_of(example_inputs)
+    plain = _reference(copy.deepcopy(closed).double(), probes)
+    if plain.tells:
+        return [plain]
+    awake = _wake(copy.deepcopy(closed).double(), ticket)
+    calibrated = _reference(_calibrate(awake, wide(probes[0])), probes)
+    if calibrated.tells:
+        return [plain, calibrated]
+    raise ValueError(
+        "the output of the masked model does not depend on the input, so nothing can be "
+        "certified: a layer without a bypass is wholly dead; choose a denser ticket"
+    )
+
+
+def _reference(model: nn.Module, probes: Sequence[Arguments]) -> Reference:
+    """Return the reference of the first of several input scales that tells, or the best one."""
+    best = None
+    for factor in (1.0, 1e2, 1e4):
+        wider = [wide(probe, factor) for probe in probes]
+        found = outputs(model, wider)
+        size = max((float(x.abs().max()) for some in found for x in some if x.numel()), default=0.0)
+        new = Reference(model, wider, found, variation(found), size)
+        if best is None or new.variation * best.size > best.variation * new.size:
+            best = new
+        if best.tells:
+            break
+    assert best is not None
+    return best
+
+
+def _wake(model: nn.Module, ticket: Ticket) -> nn.Module:
+    """Draw weights that are all zero, where the ticket lets them live."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() > 1 and not bool(param.any()):
+                noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+                param.copy_(noise / param[0].numel() ** 0.5)
+    return ticket.apply_(model)
+
+
+def _calibrate(model: nn.Module, arguments: Arguments) -> nn.Module:
+    """Set the statistics of batch norms to those of what they read."""
+
+    def fit(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        lines = inputs[0].transpose(0, 1).flatten(1)
+        spread = lines.var(1, correction=0)
+        module.running_mean.copy_(lines.mean(1))
+        module.running_var.copy_(torch.where(spread > 1e-12, spread, 1.0))
+
+    handles = [
+        module.register_forward_pre_hook(fit)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+    outputs(model, [arguments])
+    for handle in handles:
+        handle.remove()
+    return model
+
+
+def difference(one: Sequence[Sequence[Tensor]], two: Sequence[Sequence[Tensor]]) -> float:
+    """Return max |a - b|, infinite where shapes or finiteness differ."""
+    worst = 0.0
+    for mine, theirs in zip(one, two, strict=True):
+        if len(mine) != len(theirs) or any(
+            a.shape != b.shape for a, b in zip(mine, theirs, strict=True)
+        ):
+            return float("inf")
+        for a, b in zip(mine, theirs, strict=True):
+            gap = float((a - b).abs().max()) if a.numel() else 0.0
+            worst = max(worst, gap if gap == gap else float("inf"))
+    return worst
+
+
+def count_macs(model: nn.Module, arguments: Arguments) -> int:
+    """Return multiply-accumulates of one forward pass with these inputs."""
+    args, kwargs = arguments
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(*args, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+def measure_latency(model: nn.Module, arguments: Arguments, repeats: int) -> tuple[float, float]:
+    """Return median and spread (half the range of the middle half) in milliseconds."""
+    args, kwargs = arguments
+    times = []
+    with torch.no_grad():
+        for _ in range(repeats + 2):
+            start = time.perf_counter()
+            model(*args, **kwargs)
+            times.append(1e3 * (time.perf_counter() - start))
+    times = sorted(times[2:])
+    quarter = len(times) // 4
+    return median(times), (times[-1 - quarter] - times[quarter]) / 2
