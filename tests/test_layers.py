@@ -13,6 +13,7 @@ ORDER = [
     "storage",  # durable files, no torch
     "naming",  # canonical parameter names
     "structure",  # block shapes
+    "sharding",  # blocks whose elements lie on several ranks
     "kernels",  # one step, several speeds
     "ticket",  # block masks
     "runs",  # the run folder, no torch

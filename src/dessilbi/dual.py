@@ -11,17 +11,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dessilbi import sharding
 from dessilbi.kernels import gamma_of
 from dessilbi.naming import canonical_names
 from dessilbi.structure import (
     Block,
-    block_norms,
     block_size,
     grid_shape,
     is_elementwise,
@@ -179,63 +179,87 @@ def threshold(unit: Sequence[Member], lam: float | None = None) -> float:
     return lam
 
 
-def unit_norms(optimizer: Optimizer, unit: Sequence[Member]) -> Tensor:
-    """Return ||V_u|| per block, of the grid's shape of the first member."""
-    first = unit[0]
-    norms = [_member_norms(optimizer, member) for member in unit]
+def norms_of(optimizer: Optimizer, units: Sequence[Sequence[Member]]) -> list[Tensor]:
+    """Return ||V_u|| per block for each unit, of the grid's shape of its first member.
+
+    Over all units together this is one all-reduce where parameters are sharded.
+    """
+    found = [member for unit in units for member in unit]
+    values = [v_of(optimizer, member.param) for member in found]
+    own = sharding.norms(
+        [
+            zeros_for(member.param) if v is None else v
+            for member, v in zip(found, values, strict=True)
+        ],
+        [member.block for member in found],
+    )
+    norms = iter(own)
+    return [_joint([next(norms) for _ in unit], unit[0]) for unit in units]
+
+
+def _joint(norms: list[Tensor], first: Member) -> Tensor:
     if len(norms) == 1:
         return norms[0]
     wide = max((n.dtype for n in norms), key=lambda dtype: torch.finfo(dtype).bits)
+    device = norms[0].device
     joint: Tensor = torch.linalg.vector_norm(
-        torch.stack([n.reshape(-1).to(first.param.device, wide) for n in norms]), dim=0
+        torch.stack([n.reshape(-1).to(device, wide) for n in norms]), dim=0
     )
     return joint.reshape(first.grid)
 
 
-def _member_norms(optimizer: Optimizer, member: Member) -> Tensor:
-    v = v_of(optimizer, member.param)
-    if v is None:
-        return torch.zeros(member.grid, dtype=dual_dtype(member.param), device=member.param.device)
-    return block_norms(v, member.block)
+class Shrink(NamedTuple):
+    """How V of one parameter becomes Gamma on this rank.
 
-
-def shrink_scales(optimizer: Optimizer, found: Sequence[Member]) -> dict[Tensor, Tensor | None]:
-    """Return max(0, 1 - lam_u/||V_u||) per block for every member's parameter.
-
-    The value is None where blocks are independent single elements: those are soft-thresholded
-    directly, without a second tensor of the size of V.
+    ``scale``: max(0, 1 - lam_u/||V_u||) per block, or None where blocks are independent single
+    elements, which are soft-thresholded directly without a second tensor of the size of V.
+    ``block``: the block shape of the rank's shard (of the whole tensor where nothing is sharded).
     """
-    scales: dict[Tensor, Tensor | None] = {}
+
+    scale: Tensor | None
+    block: Block
+
+
+def shrinks_of(optimizer: Optimizer, found: Sequence[Member]) -> dict[Tensor, Shrink]:
+    """Return how V of every member's parameter becomes Gamma; see :class:`Shrink`."""
+    shrinks: dict[Tensor, Shrink] = {}
+    coupled = []
     for unit in units_of(found):
         if unit[0].group.get("unit") is None and is_elementwise(unit[0].block):
-            scales[unit[0].param] = None
-            continue
-        scale = shrink_scale(unit_norms(optimizer, unit), threshold(unit))
+            shrinks[unit[0].param] = Shrink(None, unit[0].block)
+        else:
+            coupled.append(unit)
+    for unit, norms in zip(coupled, norms_of(optimizer, coupled), strict=True):
+        scale = shrink_scale(norms, threshold(unit))
         for member in unit:
-            scales[member.param] = scale.reshape(member.grid).to(
-                member.param.device, dual_dtype(member.param)
-            )
-    return scales
+            own = scale.reshape(member.grid).to(member.param.device, dual_dtype(member.param))
+            shrinks[member.param] = Shrink(*sharding.local_values(own, member.block, member.param))
+    return shrinks
+
+
+def gamma_on_rank(v: Tensor, shrink: Shrink, member: Member) -> Tensor:
+    """Return this rank's part of Gamma from its part of V."""
+    kappa, lam = float(member.group["kappa"]), threshold([member])
+    return gamma_of(sharding.local(v), shrink.scale, shrink.block, kappa=kappa, lam=lam)
 
 
 @torch.no_grad()
 def gamma(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return Gamma by canonical name, in the dtype of V (float32 or wider).
+    """Return Gamma by canonical name, in the dtype of V, sharded as the parameters are.
 
     Raises:
         ValueError: As :func:`named_members`.
     """
     found = named_members(optimizer)
-    scales = shrink_scales(optimizer, found)
+    shrinks = shrinks_of(optimizer, found)
     result = {}
     for member in found:
         v = v_of(optimizer, member.param)
         if v is None:
-            result[member.name] = torch.zeros_like(member.param, dtype=dual_dtype(member.param))
-            continue
-        kappa, lam = float(member.group["kappa"]), threshold([member])
-        scale = scales[member.param]
-        result[member.name] = gamma_of(v, scale, member.block, kappa=kappa, lam=lam)
+            result[member.name] = zeros_for(member.param)
+        else:
+            part = gamma_on_rank(v, shrinks[member.param], member)
+            result[member.name] = sharding.like(part, v)
     return result
 
 
@@ -248,8 +272,9 @@ def support(optimizer: Optimizer) -> Ticket:
     """
     found = named_members(optimizer)
     masks: dict[str, Tensor] = {}
-    for unit in units_of(found):
-        alive = unit_norms(optimizer, unit) > threshold(unit)
+    units = units_of(found)
+    for unit, norms in zip(units, norms_of(optimizer, units), strict=True):
+        alive = norms > threshold(unit)
         for member in unit:
             masks[member.name] = alive.reshape(member.grid)
     specs = {member.name: member.spec for member in found}

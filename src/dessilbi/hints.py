@@ -50,9 +50,9 @@ class EntryHint:
 @torch.no_grad()
 def best_share(optimizer: Optimizer) -> float:
     """The largest ||V||/lam of all blocks."""
+    units = [u for u in dual.units_of(dual.members(optimizer)) if u[0].param.numel()]
     shares = [
-        float((dual.unit_norms(optimizer, unit) / dual.threshold(unit)).max())
-        for unit in dual.units_of(dual.members(optimizer))
-        if unit[0].param.numel()
+        float((norms / dual.threshold(unit)).max())
+        for unit, norms in zip(units, dual.norms_of(optimizer, units), strict=True)
     ]
     return max(shares, default=0.0)

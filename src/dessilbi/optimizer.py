@@ -15,7 +15,8 @@ from dessilbi import dual
 from dessilbi.kernels import foreach_step_, reference_step_
 from dessilbi.loading import own_loaded_state, with_own_options
 from dessilbi.options import check_group
-from dessilbi.structure import Block, Structure, resolve
+from dessilbi.sharding import any_nonzero, like, local
+from dessilbi.structure import Structure
 from dessilbi.ticket import Ticket
 
 
@@ -162,36 +163,35 @@ class DessiLBI(Optimizer):
         ]
         for group in self.param_groups:
             _check_gradients(group)  # all of them, before anything moves
-        scales = dual.shrink_scales(self, found)
+        shrinks = dual.shrinks_of(self, found)
         for group in self.param_groups:
-            self._step_group(group, scales)
+            self._step_group(group, shrinks)
         return loss
 
-    def _step_group(self, group: dict[str, Any], scales: dict[Tensor, Tensor | None]) -> None:
+    def _step_group(self, group: dict[str, Any], shrinks: dict[Tensor, dual.Shrink]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
         grads = [p.grad for p in params if p.grad is not None]
         states = [self.state[p] for p in params]
-        structure = group["structure"]
-        vs: list[Tensor | None] = [None] * len(params)
-        blocks: list[Block | None] = [None] * len(params)
-        if structure is not None:
-            vs = [self._v_of(p) for p in params]
-            blocks = [resolve(structure, p.shape) for p in params]
+        structured = group["structure"] is not None
+        # From here on every rank works on its own part of what is sharded.
+        vs = [local(self._v_of(p)) if structured else None for p in params]
         buffers = [
-            None if p in self._placeholders else state.get("momentum_buffer")
+            None
+            if p in self._placeholders or "momentum_buffer" not in state
+            else local(state["momentum_buffer"])
             for p, state in zip(params, states, strict=True)
         ]
         lr = group["lr"]
         kernel = foreach_step_ if _use_foreach(group["foreach"], params) else reference_step_
         kernel(
-            params,
-            grads,
+            [local(p) for p in params],
+            [local(grad) for grad in grads],
             buffers,
             vs,
-            [scales.get(p) for p in params],
-            blocks,
+            [shrinks[p].scale if structured else None for p in params],
+            [shrinks[p].block if structured else None for p in params],
             lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
             kappa=group["kappa"],
             nu=group["nu"],
@@ -203,8 +203,10 @@ class DessiLBI(Optimizer):
             maximize=group["maximize"],
         )
         if group["momentum"] != 0:
-            for state, buffer in zip(states, buffers, strict=True):
-                state["momentum_buffer"] = buffer
+            for param, state, buffer in zip(params, states, buffers, strict=True):
+                if param in self._placeholders or "momentum_buffer" not in state:
+                    assert buffer is not None
+                    state["momentum_buffer"] = like(buffer, param)
             self._placeholders.difference_update(params)
 
     def _v_of(self, param: Tensor) -> Tensor:
@@ -295,7 +297,7 @@ def is_phantom_step(optimizer: Optimizer) -> bool:
     if any(_is_nonzero(group["lr"]) for group in optimizer.param_groups):
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    return not any(bool(grad.any()) for grad in grads if grad is not None)
+    return not any(any_nonzero(grad) for grad in grads if grad is not None)
 
 
 def _is_nonzero(lr: float | Tensor) -> bool:

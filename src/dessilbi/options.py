@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dessilbi.sharding import check_placements
 from dessilbi.structure import resolve
 
 BLOCK_SCALES = ("unit", "sqrt")
@@ -85,6 +86,7 @@ def check_structure(group: dict[str, Any]) -> None:
                 f"{name} is {param.dtype} and cannot have structure={structure!r}: structures "
                 f"need real floating point weights; use structure=None"
             )
+        check_placements(param, name)
         resolve(structure, param.shape, name=name)
     if not isinstance(structure, str):
         group["structure"] = tuple(structure)  # a plain value that survives torch.load

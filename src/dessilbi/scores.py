@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dessilbi import dual
+from dessilbi import dual, sharding
 from dessilbi.storage import DamagedFileError, write_atomic
-from dessilbi.structure import block_norms
 from dessilbi.ticket import TensorSpec
 
 Scores = Mapping[str, Mapping[str, Tensor]]
@@ -33,9 +32,13 @@ def block_scores(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     found = dual.named_members(optimizer)
     unbounded = all(math.isinf(member.group["lam"]) for member in found)
     scores: dict[str, dict[str, Tensor]] = {"dual": {}, "weight": {}}
-    for unit in dual.units_of(found):
-        share = dual.unit_norms(optimizer, unit) / dual.threshold(unit, 1.0 if unbounded else None)
-        weights = [block_norms(m.param.to(dual.dual_dtype(m.param)), m.block) for m in unit]
+    units = dual.units_of(found)
+    for unit, norms in zip(units, dual.norms_of(optimizer, units), strict=True):
+        share = norms / dual.threshold(unit, 1.0 if unbounded else None)
+        weights = sharding.norms(
+            [m.param.detach().to(dual.dual_dtype(m.param)) for m in unit],
+            [m.block for m in unit],
+        )
         joint = torch.stack([w.reshape(-1).double() for w in weights]).square().sum(0).sqrt()
         for member, own in zip(unit, weights, strict=True):
             weight = own if len(unit) == 1 else joint.reshape(member.grid).to(own.dtype)

@@ -161,9 +161,29 @@ def block_norms(x: Tensor, block: Block) -> Tensor:
     """
     if is_elementwise(block):
         return x.abs()
+    if torch.compiler.is_compiling():
+        # Inductor fails to fuse this reduction with the step around it; as one opaque operator
+        # it compiles.
+        opaque: Tensor = torch.ops.dessilbi.block_norms(x, [length or 0 for length in block])
+        return opaque
+    return _reduce(x, block)
+
+
+def _reduce(x: Tensor, block: Block) -> Tensor:
     parts, inner = _split(x, block)
     norms: Tensor = torch.linalg.vector_norm(parts, dim=inner)
     return norms.reshape(grid_shape(block, x.shape))
+
+
+@torch.library.custom_op("dessilbi::block_norms", mutates_args=())
+def _block_norms_op(x: Tensor, block: list[int]) -> Tensor:
+    """block_norms as an operator; 0 stands for None, which a schema cannot hold."""
+    return _reduce(x, tuple(length or None for length in block)).contiguous()
+
+
+@_block_norms_op.register_fake
+def _(x: Tensor, block: list[int]) -> Tensor:
+    return x.new_empty(grid_shape(tuple(length or None for length in block), x.shape))
 
 
 def expand(values: Tensor, block: Block, shape: Sequence[int]) -> Tensor:

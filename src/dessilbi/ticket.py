@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dessilbi.naming import canonical_names, unwrap
+from dessilbi.sharding import local, local_part
 from dessilbi.storage import to_json, write_atomic
 from dessilbi.structure import Block, block_size, expand, grid_shape, resolve
 
@@ -186,7 +187,8 @@ class Ticket(Mapping[str, Tensor]):
         with torch.no_grad():
             for name in self._masks:
                 param = parameters[name]
-                param.masked_fill_(~self.mask_of(name).to(param.device), 0)
+                own = local(param)
+                own.masked_fill_(~local_part(self.mask_of(name), param).to(own.device), 0)
         return model
 
     def _parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -337,7 +339,9 @@ class Enforcement:
     """Handle of :meth:`Ticket.enforce`; call :meth:`remove` to stop."""
 
     def __init__(self, masks: Mapping[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer):
-        self._dead = {param: ~mask.to(param.device) for param, mask in masks.items()}
+        self._dead = {
+            param: ~local_part(mask, param).to(local(param).device) for param, mask in masks.items()
+        }
         self._optimizer = optimizer
         trained = {param for group in optimizer.param_groups for param in group["params"]}
         if self._dead and trained.isdisjoint(self._dead):
@@ -365,7 +369,7 @@ class Enforcement:
     @torch.no_grad()
     def _zero_gradient(self, param: Tensor) -> None:
         if param.grad is not None:
-            param.grad.masked_fill_(self._dead[param], 0)  # type: ignore[index]
+            local(param.grad).masked_fill_(self._dead[param], 0)  # type: ignore[index]
 
     def _zero_gradients(self) -> None:
         for param in self._dead:
@@ -374,10 +378,10 @@ class Enforcement:
     @torch.no_grad()
     def _zero_weights_and_state(self) -> None:
         for param, dead in self._dead.items():
-            param.masked_fill_(dead, 0)
+            local(param).masked_fill_(dead, 0)
             for value in self._optimizer.state.get(param, {}).values():
                 if isinstance(value, Tensor) and value.shape == param.shape:
-                    value.masked_fill_(dead, 0)
+                    local(value).masked_fill_(dead, 0)
 
     def remove(self) -> None:
         """Stop enforcing; blocks may grow again from now on."""

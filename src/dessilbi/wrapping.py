@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from dessilbi import dual
-from dessilbi.kernels import couple_, gamma_of
+from dessilbi.kernels import couple_
 from dessilbi.loading import own_loaded_state, with_own_options
 from dessilbi.optimizer import DessiLBI, is_phantom_step
 from dessilbi.options import check_coupling, check_structure
+from dessilbi.sharding import local
 from dessilbi.structure import Structure
 from dessilbi.ticket import Ticket
 
@@ -215,8 +216,8 @@ class Wrapped(Optimizer):
         found = dual.members(self)
         # With a closure, gradients (and so who moves) are known only afterwards.
         moving = [m for m in found if closure is not None or m.param.grad is not None]
-        scales = dual.shrink_scales(self, found)
-        pulls = {m.param: self._pull(m, scales[m.param]) for m in moving if not phantom}
+        shrinks = dual.shrinks_of(self, found)
+        pulls = {m.param: self._pull(m, shrinks[m.param]) for m in moving if not phantom}
         alphas = [self.alpha_of(group) for group in self.param_groups]
         alphas = [a.clone() if isinstance(a, Tensor) else a for a in alphas]
         loss = self.base.step() if closure is None else self.base.step(closure)
@@ -227,23 +228,22 @@ class Wrapped(Optimizer):
             v = self._v_of(member.param)
             if not phantom:
                 couple_(
-                    member.param,
-                    v,
+                    local(member.param),
+                    local(v),
                     pulls[member.param],
                     clock[id(member.group)],
                     kappa=member.group["kappa"],
                 )
         return loss
 
-    def _pull(self, member: dual.Member, scale: Tensor | None) -> Tensor:
-        """Return r = (W - Gamma)/nu of the old pair."""
-        w, group = member.param, member.group
-        v = dual.v_of(self, w)
-        wide = w.to(dual.dual_dtype(w))
+    def _pull(self, member: dual.Member, shrink: dual.Shrink) -> Tensor:
+        """Return r = (W - Gamma)/nu of the old pair, this rank's part."""
+        nu = member.group["nu"]
+        w = local(member.param).to(dual.dual_dtype(member.param))
+        v = dual.v_of(self, member.param)
         if v is None:
-            return wide.div(group["nu"])
-        gamma = gamma_of(v, scale, member.block, kappa=group["kappa"], lam=group["lam"])
-        return (wide - gamma).div_(group["nu"])
+            return w.div(nu)
+        return (w - dual.gamma_on_rank(v, shrink, member)).div_(nu)
 
     def _v_of(self, param: Tensor) -> Tensor:
         """V of a parameter; joins the state only now, when the base's keys are there."""
