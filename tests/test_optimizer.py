@@ -354,3 +354,9 @@ def test_the_options_stand_in_its_repr():
     assert text.startswith("DessiLBI (")
     for option in ("structure: filter", "nu: 2.0", "lam: 1.3", "kappa: 1.0"):
         assert option in text
+
+
+@pytest.mark.parametrize("name", ["capturable", "differentiable"])
+def test_what_is_not_supported_is_refused_clearly(name):
+    with pytest.raises(ValueError, match=f"{name}=True is not supported: leave it False"):
+        DessiLBI([nn.Parameter(torch.ones(2))], **{name: True})

@@ -53,6 +53,8 @@ class DessiLBI(Optimizer):
         block_scale: "unit": lam_g = lam; "sqrt": lam_g = lam sqrt(|g|).
         maximize: Maximise the objective instead.
         foreach: Use torch's multi-tensor operators; None: where that is faster (not on the CPU).
+        capturable: Not supported; must be False.
+        differentiable: Not supported; must be False.
 
     State per parameter: ``v`` (float32 or wider whatever the weights are; structured ones only) and
     ``momentum_buffer`` (if momentum is not 0). Gamma is never stored.
@@ -88,7 +90,15 @@ class DessiLBI(Optimizer):
         block_scale: str = "unit",
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ):
+        for name, asked in (("capturable", capturable), ("differentiable", differentiable)):
+            if asked:
+                raise ValueError(
+                    f"{name}=True is not supported: leave it False (a tensor lr is allowed and is "
+                    f"not read by the step)"
+                )
         defaults = {
             "lr": lr,
             "kappa": kappa,

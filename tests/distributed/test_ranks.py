@@ -14,7 +14,9 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
 from dessilbi import DessiLBI, dual, wrap
@@ -164,6 +166,18 @@ def load_here(rank, size, folder):
     )
     train(model, optimizer, rank=rank, size=size, start=STEPS)
     assert_same(outcome(alone, one), outcome(model, optimizer))
+
+
+def refuse_partial(rank, size, folder):
+    mesh = init_device_mesh("cpu", (size,))
+    weight = nn.Parameter(DTensor.from_local(torch.ones(4, 2), mesh, [Partial()]))
+    with pytest.raises(ValueError, match=r"w is placed as .*replicated or sharded"):
+        DessiLBI([("w", weight)], structure="filter")
+    DessiLBI([("w", weight)])  # without a structure it is plain SGD
+
+
+def test_a_placement_that_is_neither_replicated_nor_sharded_is_refused():
+    spawn(refuse_partial, 2)
 
 
 @pytest.mark.parametrize("size", [2, 3])
