@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 
+from rich.console import Group
 from rich.table import Table
 
 from dessilbi.reporting.summary import Row, Summary, thinned
@@ -17,16 +18,11 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def path_table(summary: Summary) -> Table:
+def path_table(summary: Summary) -> Group:
     """Return the path as a table: accuracy of W, ticket and Gamma against density (all in %)."""
     rows = thinned(summary.rows, ROWS)
     shown = f"{len(rows)} of {len(summary.rows)} points"
-    table = Table(
-        title=f"{summary.recipe.get('name')}: from simple to complex ({shown}, all in %)",
-        caption="W: dense weights; ticket: W on supp(Γ), nothing retrained; test split",
-        box=None,
-        pad_edge=False,
-    )
+    table = Table(box=None, pad_edge=False)
     for column in ("epoch", "density", "W", "ticket", "Γ"):
         table.add_column(column, justify="right")
     names = list(rows[0].layers) if rows else []
@@ -35,7 +31,11 @@ def path_table(summary: Summary) -> Table:
         table.add_column(name.removesuffix(".weight"), justify="right", style="dim")
     for row in rows:
         table.add_row(*_cells(row), *(percent(row.layers[name]) for name in layers))
-    return table
+    return Group(
+        f"{summary.recipe.get('name')}: from simple to complex ({shown}, all in %)",
+        table,
+        "W: dense weights; ticket: W on supp(Γ), nothing retrained; test split\n",
+    )
 
 
 def _cells(row: Row) -> list[str]:
@@ -44,18 +44,17 @@ def _cells(row: Row) -> list[str]:
     return [epoch, percent(row.density), *map(percent, accuracies)]
 
 
-def outcome_table(outcomes: Sequence[Outcome], dense: float, epochs: int) -> Table:
+def outcome_table(outcomes: Sequence[Outcome], dense: float, epochs: int) -> Group:
     """Return tickets of several densities before and after their fine-tune (all in %)."""
-    table = Table(
-        title="One run, a family of models (test accuracy, all in %)",
-        caption=f"fine-tune: {epochs} masked epochs; the dense W has {percent(dense)}",
-        box=None,
-        pad_edge=False,
-    )
+    table = Table(box=None, pad_edge=False)
     for column in ("density", "of all parameters", "at once", "fine-tuned"):
         table.add_column(column, justify="right")
     for o in outcomes:
         table.add_row(
             percent(o.density), percent(o.density_of_model), percent(o.before), percent(o.after)
         )
-    return table
+    return Group(
+        "One run, a family of models (test accuracy, all in %)",
+        table,
+        f"fine-tune: {epochs} masked epochs; the dense W has {percent(dense)}\n",
+    )
