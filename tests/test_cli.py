@@ -184,6 +184,8 @@ import os, pathlib, signal, sys, time
 import torch._dynamo, dessilbi.training.loop
 from dessilbi.cli import main
 
+# A shell that starts this in the background leaves SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 place, recipe = pathlib.Path(sys.argv[1]), sys.argv[2]
 endless = ["--set", "epochs=10000", "--set", "points=10000"]
 for name, sent in (("SIGINT", signal.SIGINT), ("SIGTERM", signal.SIGTERM), ("unknown", None)):
@@ -450,7 +452,7 @@ def test_demo_prints_path_and_tickets_and_where_the_run_is(monkeypatch, recipe, 
 
 def python(*arguments):
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=300
     )
 
 
@@ -492,6 +494,8 @@ def test_an_interrupt_while_torch_loads_exits_with_130(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts the tests in the background leaves SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not (tmp_path / "loading").exists():
         time.sleep(0.02)

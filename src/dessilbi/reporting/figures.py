@@ -29,7 +29,7 @@ def save_path_figure(summary: Summary, file: str | FilePath) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
-            "figures need matplotlib, which is not installed: pip install 'dessilbi[figures]'"
+            "figures need matplotlib, which is not installed: pip install matplotlib"
         ) from None
     rows = [row for row in summary.rows if row.epoch is not None]
     if not rows:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from dessilbi.groups import param_groups
@@ -24,8 +26,9 @@ from dessilbi.training.environment import environment, flushed_denormals
 from dessilbi.training.evaluation import accuracy, masked, with_weights
 from dessilbi.training.models import MODELS, build_model
 from dessilbi.training.progress import Reporter, Silent
-from dessilbi.training.recipes import Recipe, RecipeError
+from dessilbi.training.recipes import OptimizerRecipe, Recipe, RecipeError
 from dessilbi.training.schedules import multiplier, path_time
+from dessilbi.wrapping import Wrapped, wrap
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Setting:
     recipe: Recipe
     data: Data
     model: nn.Module
-    optimizer: DessiLBI
+    optimizer: DessiLBI | Wrapped
     scheduler: LambdaLR
     total_steps: int
 
@@ -77,7 +80,7 @@ def prepare(recipe: Recipe, *, data_root: str | FilePath | None, download: bool 
             seed=recipe.seed,
         )
         groups = param_groups(model, recipe.structure)
-        optimizer = DessiLBI(groups, **recipe.optimizer.model_dump())
+        optimizer = build_optimizer(groups, recipe.optimizer)
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
     steps_per_epoch = math.ceil(len(data.train.targets) / recipe.batch_size)
@@ -86,6 +89,19 @@ def prepare(recipe: Recipe, *, data_root: str | FilePath | None, download: bool 
         optimizer, lambda step: multiplier(recipe.schedule, step, total_steps, recipe.epochs)
     )
     return Setting(recipe, data, model, optimizer, scheduler, total_steps)
+
+
+def build_optimizer(groups: list[dict[str, Any]], options: OptimizerRecipe) -> DessiLBI | Wrapped:
+    """Return DessiLBI, or AdamW wrapped in its dynamics.
+
+    Raises:
+        ValueError: The options do not fit the groups.
+    """
+    if options.base == "sgd":
+        return DessiLBI(groups, **options.model_dump(exclude={"base"}))
+    base = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+    coupling = options.model_dump(include={"nu", "lam", "kappa", "block_scale"})
+    return wrap(base, **coupling)
 
 
 def train(
@@ -134,7 +150,7 @@ def _run(setting: Setting, run: Run, reporter: Reporter) -> dict[str, float]:
     path = Path(
         setting.optimizer,
         every=max(1, total_steps // recipe.points),
-        total_time=path_time(recipe.schedule, recipe.optimizer.lr, total_steps, recipe.epochs),
+        total_time=path_time(recipe.schedule, recipe.optimizer.path_lr, total_steps, recipe.epochs),
         file=run.path,
     )
     began = time.monotonic()

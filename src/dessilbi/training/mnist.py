@@ -76,7 +76,7 @@ def _download(root: Path, folder: Path, *, name: str, dataset: str) -> None:
     except ImportError as error:
         raise ImportError(
             f"--download fetches {name} with torchvision, which is not installed: "
-            f"run pip install 'dessilbi[vision]', or put the files into {folder} yourself"
+            f"run pip install torchvision, or put the files into {folder} yourself"
         ) from error
     try:
         # One part is enough: torchvision always fetches all four files.

@@ -55,8 +55,13 @@ class _Part(BaseModel):
 
 
 class OptimizerRecipe(_Part):
-    """Options of DessiLBI; see its docstring."""
+    """Options of DessiLBI, or of wrap around AdamW; see their docstrings.
 
+    With ``base = "adamw"`` AdamW moves the weights, with ``lr`` and ``weight_decay``;
+    momentum, dampening and nesterov do not apply.
+    """
+
+    base: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.1
     kappa: Positive = 1.0
     nu: Positive = 100.0
@@ -66,6 +71,11 @@ class OptimizerRecipe(_Part):
     weight_decay: NonNegative = 0.0
     nesterov: bool = False
     block_scale: Literal["unit", "sqrt"] = "unit"
+
+    @property
+    def path_lr(self) -> float:
+        """The step of path time at the full learning rate."""
+        return self.lr if self.base == "sgd" else self.lr / self.kappa
 
 
 class ScheduleRecipe(_Part):
