@@ -139,7 +139,7 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
         ("finetune.epochs=-1", "finetune.epochs=-1 is not allowed"),
         ("structure=filter", "structure='filter' is not allowed"),
         ("epoch=3", r"epoch is not a field; a recipe has name, summary, .*epochs"),
-        ("optimizer.mu=3", r"optimizer.mu is not a field; optimizer has lr, kappa, nu, lam"),
+        ("optimizer.mu=3", r"optimizer.mu is not a field; optimizer has base, lr, kappa, nu, lam"),
         ("schedule.end=3", r"schedule.end is not a field; schedule has kind"),
         ("epochs", "--set 'epochs' is not of the form key=value"),
         ("=3", "--set '=3' is not of the form key=value"),
