@@ -36,7 +36,7 @@ def _directions(
     nesterov: bool,
     maximize: bool,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return d (METHOD in docs/mathematics.md) and the buffers; ``grads`` are not written to."""
+    """Return d (docs/mathematics.md) and the buffers; ``grads`` are not written to."""
     ds = list(torch._foreach_neg(grads)) if maximize else grads
     if weight_decay != 0:
         ds = list(torch._foreach_add(ds, params, alpha=weight_decay))
