@@ -14,14 +14,14 @@ help:  ## list the targets
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check uv
 	@echo "Installing into .venv (the download is large the first time) ..."
-	@$(UV) --editable .
+	@$(UV) --editable '.[export]'
 	@touch $@
 
 .venv/dev: .venv/base
 	@$(UV) --editable . --group dev
 	@touch $@
 
-demo: .venv/base  ## train once, see the path, hold a family of models (about 3 minutes)
+demo: .venv/base  ## train once, hold a family of models, ship a smaller one (about 3 minutes)
 	@$(BIN)/dessilbi demo --out $(RUN)
 
 check: .venv/dev  ## format, lint, types, import order

@@ -56,7 +56,7 @@ def measure(name: str, data: str | None) -> None:
             "val_accuracy": accuracy(trained.model, trained.data.validation),
             "tickets": outcomes,
             "val_tickets": validated(trained, path),
-            "path": [asdict(row) for row in thinned(summary.rows, 20)],
+            "path": [asdict(row) for row in thinned(summary.judged, 20)],
         },
     )
     save_path_figure(summary, ROOT / "docs" / "images" / f"{name}.svg")

@@ -2,6 +2,8 @@
 """What all tests share: where helper modules lie, hypothesis profiles, real data."""
 
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +12,10 @@ from hypothesis import HealthCheck, settings
 
 # Tests import `oracle` and `strategies`, which lie beside them.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# What a shell starts in the background ignores Ctrl-C, and so would everything that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
@@ -35,3 +41,33 @@ def data_root():
     if not Path(folder).is_dir():
         pytest.skip(f"DESSILBI_DATA={folder} is not a folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_kernel_unless_asked_for(tmp_path_factory):
+    """Tests step as a fresh install does; what somebody has built at home plays no part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DESSILBI_CACHE", str(tmp_path_factory.mktemp("no-kernel")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory):
+    """A folder with the built CPU kernel, compiled once for all processes of a test run."""
+    from dessilbi.kernels import building  # loads torch
+
+    if not any(shutil.which(name) for name in building.COMPILERS):
+        pytest.skip("there is no C++ compiler to build the fused kernel with")
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DESSILBI_CACHE", str(shared / "kernel"))
+        building.build()
+    return shared / "kernel"
+
+
+@pytest.fixture
+def built_kernel(kernel_cache, monkeypatch):
+    """Let a test step with the built CPU kernel."""
+    monkeypatch.setenv("DESSILBI_CACHE", str(kernel_cache))

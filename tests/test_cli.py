@@ -16,10 +16,11 @@ from tiny import QUICK, own_copy, shared_run
 from typer.testing import CliRunner
 
 from dessilbi import Path, Ticket, __version__
-from dessilbi.cli import DEMO_DENSITIES, app
-from dessilbi.runs import Run
+from dessilbi.cli import app
+from dessilbi.cli.tour import DENSITIES
+from dessilbi.runs import Run, locked
 from dessilbi.training.data import DATA_SETS
-from dessilbi.training.recipes import recipe_names
+from dessilbi.training.recipes import load_recipe, recipe_names
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +92,86 @@ def test_a_warning_is_one_line(recipe, tmp_path):
     assert len(lines) == 0 or "no block can enter" in lines[0]
 
 
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    run = own_copy(tmp_path)
+    result = call("train", "--resume", run.folder)
+    assert result.exit_code == 0
+    assert result.stderr == f"{run.folder} is finished: there is nothing to resume\n"
+    assert f"The run is in {run.folder}" in result.stdout
+
+
+def test_a_run_goes_on_where_it_was_cut(recipe, tmp_path):
+    run = Run(call_run(recipe, tmp_path))
+    run.set_status("interrupted")
+    model = run.model.read_bytes()
+    run.model.unlink()
+    told = json.loads(call("train", "--resume", run.folder, "--json").stdout)
+    assert (told["status"], told["run"]) == ("finished", str(run.folder))
+    assert run.model.read_bytes() == model
+
+
+def call_run(recipe, tmp_path):
+    assert call(*quick(recipe, "--out", tmp_path / "run")).exit_code == 0
+    return tmp_path / "run"
+
+
+def test_a_run_in_use_is_one_sentence(tmp_path):
+    run = own_copy(tmp_path)
+    run.set_status("running")
+    with locked(run):
+        result = call("train", "--resume", run.folder)
+    assert_failed(result, 1, run.folder, "in use by another process", "wait")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["either a recipe to train or --resume RUN"]),
+        (["digits-lenet", "--resume", "run"], ["either a recipe to train or --resume RUN"]),
+        (["--resume", "run", "--set", "epochs=3"], ["leave out --set and --out"]),
+        (["--resume", "run", "--out", "other"], ["leave out --set and --out"]),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_stays_as_it_is(arguments, words):
+    assert_failed(call("train", *arguments), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--strategy", "ddp"], ["ddp", "torchrun --nproc-per-node N -m dessilbi train"]),
+        (["--device", "cuda"], ["device='cuda' is not there", "auto"]),
+    ],
+    ids=str,
+)
+def test_hardware_that_is_not_there_is_one_sentence(recipe, options, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_failed(call(*quick(recipe, *options)), 1, *words)
+
+
+def test_tensorboard_curves_lie_in_the_run(recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = call(*quick(recipe, "--out", tmp_path / "run", "--tensorboard"))
+    assert result.exit_code == 0, result.stderr
+    events = EventAccumulator(str(Run(tmp_path / "run").tensorboard)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss", "accuracy/train", "accuracy/accuracy", "accuracy/gamma_accuracy"} <= tags
+    assert {"density", "density/conv1.weight", "coupling", "path_time", "lr"} <= tags
+    path = Path.load(tmp_path / "run")
+    assert [e.step for e in events.Scalars("density")] == [p.step for p in path.points]
+    assert events.Scalars("coupling")[-1].value > 0
+
+
+def test_tensorboard_that_is_missing_is_one_sentence(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = call(*quick(recipe, "--out", tmp_path / "run", "--tensorboard"))
+    assert_failed(result, 1, "pip install tensorboard")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -113,7 +194,7 @@ def test_a_bad_value_is_bad_usage_wherever_it_is_found(recipe, assignment):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--nonsense"], ["fly"], ["train"], ["ticket", "run", "--density", "much"]],
+    [[], ["--nonsense"], ["fly"], ["ticket", "run", "--density", "much"]],
     ids=str,
 )
 def test_bad_usage_exits_with_2(arguments):
@@ -232,7 +313,11 @@ def test_a_signal_ends_a_real_training_with_its_code_and_keeps_the_path(real, na
     assert (real / f"{name}.out").read_text() == ""
     assert err.splitlines()[-1] == f"error: {word}; what was already written is kept"
     assert "Traceback" not in err
-    assert run.read_status()["status"] == "interrupted"
+    told = run.read_status()
+    assert told["status"] == "interrupted"
+    saved = f"saved after step {told['step']}; go on with: dessilbi train --resume {run.folder}"
+    assert err.splitlines()[-2] == saved
+    assert (run.checkpoints / f"step-{told['step']:010d}").is_dir()
     assert len(Path.load(run.folder).points) >= 1
 
 
@@ -248,7 +333,7 @@ def test_an_interrupt_anywhere_in_a_command_exits_with_130(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dessilbi.cli.recipe_names", interrupt)
+    monkeypatch.setattr("dessilbi.cli.training.recipe_names", interrupt)
     assert_failed(call("recipes"), 130, "interrupted")
 
 
@@ -422,6 +507,21 @@ def test_recipes_lists_every_recipe_with_its_summary():
     assert all(len(line.split()) > 3 for line in lines)
 
 
+def test_recipes_show_prints_a_file_of_ones_own(recipe, tmp_path):
+    result = call("recipes", "show", "digits-lenet", "--set", "optimizer.nu=12")
+    assert result.exit_code == 0
+    (tmp_path / "own.toml").write_text(result.stdout)
+    assert load_recipe(str(tmp_path / "own.toml")) == load_recipe(
+        "digits-lenet", ["optimizer.nu=12"]
+    )
+    assert call("recipes", "show", recipe).exit_code == 0
+
+
+def test_recipes_show_refuses_what_is_no_recipe():
+    assert_failed(call("recipes", "show", "lenett"), 2, "no recipe 'lenett'; choose one of")
+    assert_failed(call("recipes", "show", "digits-lenet", "--set", "x=1"), 2, "x is not a field")
+
+
 def test_doctor_says_what_there_is(monkeypatch):
     few = {"few": tiny.FEW, "mnist": DATA_SETS["mnist"]}
     monkeypatch.setattr("dessilbi.reporting.doctor.DATA_SETS", few)
@@ -435,19 +535,53 @@ def test_version_is_that_of_the_package():
     assert call("--version").stdout == f"dessilbi {__version__}\n"
 
 
-def test_demo_prints_path_and_tickets_and_where_the_run_is(monkeypatch, recipe, tmp_path):
-    from dessilbi.training import recipes
+@pytest.fixture
+def quick_demo(monkeypatch, recipe):
+    """The demo with both recipes on a few images."""
+    lenet = load_recipe(str(recipe), QUICK)
+    few = ("data=few", "validation=100", "epochs=2", "points=2")
+    resnet = load_recipe("digits-resnet", few)
+    rules = {
+        p: {**r, "lam": 0.1} if isinstance(r, dict) else r for p, r in resnet.structure.items()
+    }
+    resnet = resnet.model_copy(update={"structure": rules})  # so that blocks enter in 14 steps
+    recipes = {"digits-lenet": lenet, "digits-resnet": resnet}
+    monkeypatch.setattr("dessilbi.cli.tour.load_recipe", recipes.__getitem__)
 
-    few = recipes.load_recipe(str(recipe), QUICK)
-    monkeypatch.setattr("dessilbi.cli.load_recipe", lambda _: few)
+
+def test_demo_prints_path_tickets_and_a_smaller_model(quick_demo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     result = call("demo", "--out", tmp_path / "demo")
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     assert "from simple to complex (2 of 2 points" in result.stdout
     assert "at once" in result.stdout
     assert f"The run folder is {tmp_path / 'demo'}" in result.stdout
     family = json.loads(Run(tmp_path / "demo").family.read_text())
     found = [t["density"] for t in family["tickets"]]
-    assert all(0 <= wanted - got < 0.02 for wanted, got in zip(DEMO_DENSITIES, found, strict=True))
+    assert all(0 <= wanted - got < 0.02 for wanted, got in zip(DENSITIES, found, strict=True))
+    assert "50 of 50 predictions identical" in result.stdout
+    assert "onnxruntime, ms" not in result.stdout
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("Skipped")]
+    assert "dessilbi[export]" in line
+    small = tmp_path / "demo-resnet" / "compact" / "density-0.25"
+    assert f"dessilbi verify {small}" in result.stdout
+    assert call("verify", small).exit_code == 0
+    again = call("verify", small, "--run", tmp_path / "demo-resnet")
+    assert_failed(again, 1, "was fine-tuned")
+
+
+def test_the_demo_measures_onnx_files_where_the_packages_are(quick_demo, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("dessilbi.cli.tour._family", lambda folder: None)
+    result = call("demo", "--out", tmp_path / "demo")
+    assert result.exit_code == 0, result.output
+    rows = {line.split("  ")[0]: line.split() for line in result.stdout.splitlines()}
+    before, after = (int(n.replace(",", "")) for n in rows["ONNX file, bytes"][3:5])
+    assert after < before
+    file = tmp_path / "demo-resnet" / "compact" / "density-0.25" / "model.onnx"
+    assert file.stat().st_size == after
+    assert "onnxruntime, ms" in rows
 
 
 def python(*arguments):
@@ -459,7 +593,7 @@ def python(*arguments):
 def test_python_m_dessilbi_is_the_command_line():
     result = python("-m", "dessilbi", "--help")
     assert result.returncode == 0
-    for command in ("demo", "train", "path", "ticket", "recipes", "doctor"):
+    for command in ("demo", "plan", "train", "path", "ticket", "compact", "export", "verify"):
         assert command in result.stdout
 
 

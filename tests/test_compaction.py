@@ -136,6 +136,38 @@ class Gated(nn.Module):
         return self.head(x + self.down(F.silu(self.gate(x)) * self.up(x)))
 
 
+class Residuals(nn.Module):
+    """A stream that only RMSNorm reads, as in recent language models."""
+
+    def __init__(self, norm=nn.RMSNorm):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 5)
+        self.norms = nn.ModuleList(norm(16) for _ in range(3))
+        self.norms[1].eps = 0.1
+        self.qkv, self.proj = nn.Linear(16, 24, bias=False), nn.Linear(8, 16, bias=False)
+        self.gate, self.up = nn.Linear(16, 20, bias=False), nn.Linear(16, 20, bias=False)
+        self.down = nn.Linear(20, 16, bias=False)
+
+    def forward(self, x):
+        x = self.first(x)
+        b, n, _ = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).view(b, n, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).flatten(2))
+        y = self.norms[1](x)
+        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return self.last(self.norms[2](x))
+
+
+class HandNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-5
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
 IMAGE = (2, 3, 9, 9)
 NETS = {
     "plain": (
@@ -263,6 +295,8 @@ NETS = {
     "attention": (Attention, (2, 7, 20), 20),
     "plain attention": (lambda: Attention(fused=False), (2, 7, 20), 20),
     "grouped-query attention": (lambda: Attention(6, 4, 20, 3), (2, 7, 20), 19),
+    "root mean square norms": (Residuals, (2, 7, 6), 38),
+    "root mean square by hand": (lambda: Residuals(HandNorm), (2, 7, 6), 38),
     "torch attention": (
         lambda: nn.TransformerEncoderLayer(20, 4, 24, batch_first=True),
         (2, 7, 20),
@@ -282,6 +316,9 @@ def make(name):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.2)
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm | HandNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
     x = torch.randn(shape) if shape else torch.randint(0, 11, (2, 6))
     return model, x, blocks
 
@@ -429,6 +466,63 @@ def test_widths_are_rounded_up():
     assert result.proof.relative_diff < 1e-12
 
 
+def test_widths_of_a_residual_net_are_rounded_up_together():
+    model, x, _ = make("residual")
+    ticket = random_ticket(model, example_inputs=x, density=0.4)
+    plain = compact(model, ticket, example_inputs=x)
+    result = compact(model, ticket, example_inputs=x, multiple_of=8)
+    assert plain.model.stem.out_channels == 5
+    assert result.model.stem.out_channels == result.model.b[0].out_channels == 8
+    assert result.model.a[0].out_channels == 8
+    assert result.proof.rounded == {"stem.weight": 3, "a.0.weight": 4}
+    assert plain.proof.rounded == {}
+    assert result.proof.removed + sum(result.proof.rounded.values()) == result.proof.dead
+    assert "kept as zeros to round a width up: 3 of stem.weight" in str(result.proof)
+    assert result.proof.relative_diff < 1e-12
+
+
+def test_groups_stay_even_when_widths_are_rounded_up():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 48, 3, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(48, 5, 1),
+    )
+    x = torch.randn(IMAGE)
+    ticket = random_ticket(model, example_inputs=x, density=0.4)
+    result = compact(model, ticket, example_inputs=x, multiple_of=8)
+    assert compact(model, ticket, example_inputs=x).model[0].out_channels == 12
+    assert result.model[0].out_channels == 16
+    assert result.model[2].out_channels == 24
+    assert result.model[2].groups == 4
+    assert result.proof.rounded == {"0.weight": 4, "2.weight": 4}
+    assert result.proof.relative_diff < 1e-12
+
+
+def test_a_layer_that_has_no_such_width_keeps_what_it_needs():
+    model, x, _ = make("layer norm mlp")
+    ticket = random_ticket(model, example_inputs=x, density=0.8)
+    result = compact(model, ticket, example_inputs=x, multiple_of=16)
+    assert (result.model[1].out_features, result.model[3].out_features) == (10, 7)
+    assert result.proof.rounded == {}
+
+
+def test_an_rms_norm_keeps_its_class_and_gets_another_eps():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 16), nn.RMSNorm(16), nn.Linear(16, 5))
+    z = 1e-4 * torch.randn(9, 6)  # so small that the default eps, which depends on the type, counts
+    with torch.no_grad():
+        plain[0].bias.zero_()
+    ticket = random_ticket(plain, example_inputs=z, density=0.5)
+    result = compact(plain, ticket, example_inputs=z)
+    assert result.model[1].normalized_shape == (8,)
+    assert result.model[1].eps == pytest.approx(2 * torch.finfo(torch.float32).eps)
+    masked = ticket.apply_(copy.deepcopy(plain))
+    torch.testing.assert_close(result.model(z), masked(z), rtol=1e-5, atol=1e-6)
+
+
 def test_element_tickets_remove_rows_without_a_living_element():
     model, x, _ = make("layer norm mlp")
     mask = torch.rand(12, 10, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -463,7 +557,8 @@ def test_a_dead_bias_of_a_removed_layer_is_masked_and_the_ticket_says_so():
     closed = close(ticket, model, example_inputs=x)
     assert closed.origin["density_before"] == ticket.density
     assert closed.origin["closed"] is True
-    assert [n for n in closed if not closed[n].all()] == ["a.0.weight", "a.1.weight", "a.1.bias"]
+    named = [n for n in closed if not closed[n].all()]
+    assert named == ["a.0.weight", "a.1.weight", "a.1.bias", "b.0.weight"]
 
 
 def test_several_inputs_and_outputs():
@@ -520,9 +615,19 @@ def test_the_rewritten_program_is_exact_as_well(name, monkeypatch):
     def fail(*_):
         raise RuntimeError("forced")
 
-    monkeypatch.setattr("dessilbi.compaction.cut_module", fail)
+    monkeypatch.setattr("dessilbi.candidates.cut_module", fail)
     model, x, _ = make(name)
     ticket = random_ticket(model, example_inputs=x, density=0.5)
     result = compact(model, ticket, example_inputs=x)
     assert result.proof.form == "program"
     assert result.proof.relative_diff <= 1e-12
+
+
+def test_a_model_that_is_a_part_called_module_compacts_under_the_names_of_its_ticket():
+    plain, x, _ = make("plain")
+    model = nn.ModuleDict({"module": plain})
+    model.forward = plain.forward
+    ticket = close(filter_ticket(plain, "0.weight", [1, 2]), model, example_inputs=x)
+    result = compact(model, ticket, example_inputs=x)
+    assert result.proof.removed == 2
+    assert result.cuts["1.running_mean"][0].index.tolist() == [0, 3, 4, 5, 6, 7]

@@ -35,21 +35,21 @@ def grouped(named, structure, unit=False):
     return groups
 
 
-def dessilbi(foreach, structure, unit=False, **options):
+def dessilbi(structure, unit=False, **options):
     options = {"lr": 0.05, "kappa": 1.5, "nu": 0.5, "lam": 1.0, "momentum": 0.5, **options}
-    return lambda named: DessiLBI(grouped(named, structure, unit), foreach=foreach, **options)
+    return lambda named: DessiLBI(grouped(named, structure, unit), **options)
 
 
-def wrapped(kind, structure="filter", unit=False, kappa=1.0, nu=0.5, **options):
+def wrapped(kind, structure="filter", unit=False, kappa=1.0, nu=0.5, fuse_coupling=None, **options):
     def factory(named):
         base = kind(grouped(named, structure, unit), **options)
-        return wrap(base, nu=nu, lam=1.0, kappa=kappa)
+        return wrap(base, nu=nu, lam=1.0, kappa=kappa, fused=fuse_coupling)
 
     return factory
 
 
 FACTORIES = {
-    f"{name}-{'foreach' if foreach else 'reference'}": dessilbi(foreach, **options)
+    f"{name}-{'foreach' if foreach else 'reference'}": dessilbi(foreach=foreach, **options)
     for name, options in STRUCTURES.items()
     for foreach in (False, True)
 }
@@ -73,8 +73,22 @@ EXPECTED = {
 }
 
 
+FUSED = {f"{name}-fused": dessilbi(fused=True, **options) for name, options in STRUCTURES.items()}
+FUSED |= {
+    "wrap-sgd": wrapped(torch.optim.SGD, fuse_coupling=True, kappa=2.0, lr=0.05, momentum=0.9),
+    "wrap-adamw-fused": wrapped(
+        torch.optim.AdamW, fuse_coupling=True, unit=True, lr=0.02, nu=0.2, fused=True
+    ),
+}
+
+
 @parametrize_with_checks(FACTORIES, EXPECTED)
 def test_contract(factory, check):
+    check(factory)
+
+
+@parametrize_with_checks(FUSED)
+def test_contract_of_the_fused_step(factory, check, built_kernel):
     check(factory)
 
 

@@ -16,10 +16,18 @@ def blocks(page: Path) -> list[str]:
 
 
 CODE = [(page, code) for page in PAGES for code in blocks(page)]
+SHOWN = [
+    (page, code, output)
+    for page in PAGES
+    for code, output in re.findall(
+        r"^```python\n((?:(?!^```).)*?)^```\n\n```text\n(.*?)^```", page.read_text(), re.S | re.M
+    )
+]
 
 
 def test_there_is_code_to_run():
     assert any(page.name == "README.md" for page, _ in CODE)
+    assert any(page.name == "units.md" for page, _, _ in SHOWN)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +36,14 @@ def test_there_is_code_to_run():
 def test_code_blocks_run_as_they_stand(page, code):
     torch.manual_seed(0)
     exec(compile(code, str(page), "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("page", "code", "output"), SHOWN, ids=lambda v: v.name if isinstance(v, Path) else ""
+)
+def test_text_after_code_is_what_the_code_prints(page, code, output, capsys):
+    exec(compile(code, str(page), "exec"), {})
+    assert capsys.readouterr().out == output
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

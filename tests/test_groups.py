@@ -159,11 +159,6 @@ def test_an_option_that_does_not_exist_is_refused():
         DessiLBI(param_groups(lenet(), {"*.weight": {"lamb": 0.3}}))
 
 
-def test_example_inputs_are_refused_in_this_release():
-    with pytest.raises(ValueError, match=r"example_inputs is not supported yet: .* leave it out"):
-        param_groups(lenet(), example_inputs=torch.ones(1, 1, 8, 8))
-
-
 @pytest.mark.parametrize(
     "wrap",
     [nn.DataParallel, Compiled, lambda m: nn.DataParallel(Compiled(m)), lambda m: m],

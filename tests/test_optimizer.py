@@ -356,7 +356,13 @@ def test_the_options_stand_in_its_repr():
         assert option in text
 
 
-@pytest.mark.parametrize("name", ["capturable", "differentiable"])
-def test_what_is_not_supported_is_refused_clearly(name):
-    with pytest.raises(ValueError, match=f"{name}=True is not supported: leave it False"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("differentiable", "differentiable=True is not supported: leave it False"),
+        ("capturable", "capturable=True needs fused=True"),
+    ],
+)
+def test_what_is_not_supported_is_refused_clearly(name, message):
+    with pytest.raises(ValueError, match=message):
         DessiLBI([nn.Parameter(torch.ones(2))], **{name: True})

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The path: what it records of a run, the tickets it gives out, what comes back from files."""
 
+import copy
 import errno
 import itertools
+import json
 import math
 import re
 import warnings
@@ -780,7 +782,7 @@ def test_unnamed_parameters_are_refused():
 
 @pytest.mark.parametrize("options", [{}, {"density": 0.5, "step": 3}], ids=str)
 def test_a_ticket_needs_exactly_one_of_density_and_step(options):
-    with pytest.raises(ValueError, match="give exactly one of density and step"):
+    with pytest.raises(ValueError, match="give exactly one of density, step"):
         watched()[1].ticket(**options)
 
 
@@ -836,3 +838,102 @@ def test_repr_says_how_far_it_came():
         r"Path\(60 points to step 60, path time 6, density 0\.\d+, 2 tensors\)", repr(path)
     )
     assert repr(Path(Toy().optimizer)) == "Path(0 points to step 0, path time 0, 2 tensors)"
+
+
+# continuing
+
+
+def state_of(toy):
+    """Weights and optimizer, as a user's own checkpoint holds them."""
+    weights = {name: getattr(toy, name).detach().clone() for name in "weub"}
+    return weights, copy.deepcopy(toy.optimizer.state_dict())
+
+
+def toy_from(saved):
+    toy = Toy()
+    weights, state = saved
+    for name, value in weights.items():
+        getattr(toy, name).data.copy_(value)
+    toy.optimizer.load_state_dict(state)
+    return toy
+
+
+@pytest.mark.parametrize("options", [{"every": 3}, {"total_steps": 300}, {}], ids=str)
+@pytest.mark.parametrize("at", [1, 100, 230])
+def test_a_path_that_is_continued_is_the_one_that_never_stopped(tmp_path, options, at):
+    toy = Toy()
+    Path(toy.optimizer, file=tmp_path / "whole", **options)
+    toy.step(300)
+    toy = Toy()
+    path = Path(toy.optimizer, file=tmp_path / "cut", **options)
+    toy.step(at)
+    saved, position = state_of(toy), json.loads(json.dumps(path.state_dict()))
+    toy.step(20)  # recorded after the checkpoint, and lost with the process
+    again = toy_from(saved)
+    path = Path(again.optimizer, file=tmp_path / "cut", resume=position, **options)
+    again.step(300 - at)
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert path.step == 300
+    assert len(path.points) >= 99
+
+
+def test_a_continued_path_knows_what_it_recorded_before(tmp_path):
+    toy = Toy()
+    path = Path(toy.optimizer, every=1, file=tmp_path / "path")
+    toy.step(30)
+    path.log(accuracy=0.5)
+    path.record()
+    entries, points = path.entry(), path.points
+    again = Path(toy.optimizer, every=1, file=tmp_path / "path", resume=path.state_dict())
+    assert again.points == points
+    assert all(torch.equal(again.entry()[name], entry) for name, entry in entries.items())
+    assert any((entry != NEVER).any() for entry in entries.values())
+
+
+def test_without_a_file_only_the_clock_goes_on(tmp_path):
+    toy = Toy().step(1)
+    path = Path(toy.optimizer, every=2, file=tmp_path / "path")
+    toy.step(5)
+    other = Path(toy.optimizer, every=2, resume=path.state_dict())
+    assert (other.step, other.time, other.points) == (5, path.time, [])
+    toy.step(1)
+    assert other.points[-1].step == path.points[-1].step == 6
+
+
+def test_the_warning_about_entries_is_given_once_over_both_parts(tmp_path):
+    def watched(toy, **options):
+        return Path(toy.optimizer, every=1, total_time=10.0, file=tmp_path / "path", **options)
+
+    toy = Toy(lam=1e6)
+    path = watched(toy)
+    toy.step(7)  # looked once
+    saved, position = state_of(toy), path.state_dict()
+    again = toy_from(saved)
+    path = watched(again, resume=position)
+    with pytest.warns(UserWarning, match="no block can enter") as told:
+        again.step(20)
+    assert len(told) == 1
+
+
+def test_a_path_in_memory_cannot_be_continued():
+    path = Path(Toy().step().optimizer)
+    with pytest.raises(ValueError, match=r"in memory only .* give Path a file=\.\.\."):
+        path.state_dict()
+
+
+def test_a_file_of_another_path_is_refused_and_left_alone(tmp_path):
+    toy = Toy()
+    path = Path(toy.optimizer, every=1, file=tmp_path / "path")
+    other = Path(Toy(units=True).optimizer, every=1, file=tmp_path / "other")
+    toy.step(3)
+    wrong = {**path.state_dict(), "file": other.state_dict()["file"]}
+    with pytest.raises(ValueError, match="of other tensors"):
+        Path(toy.optimizer, file=tmp_path / "other", resume=wrong)
+    longer = {**path.state_dict(), "file": {"bytes": 10**9, "crc": 0}}
+    with pytest.raises(ValueError, match="no longer holds the 1000000000 bytes"):
+        Path(toy.optimizer, file=tmp_path / "path", resume=longer)
+    odd = {**path.state_dict(), "file": {**path.state_dict()["file"], "crc": 0}}
+    before = (tmp_path / "path").read_bytes()
+    with pytest.raises(ValueError, match="is of another run"):
+        Path(toy.optimizer, file=tmp_path / "path", resume=odd)
+    assert (tmp_path / "path").read_bytes() == before

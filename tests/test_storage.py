@@ -200,3 +200,103 @@ def test_a_value_that_is_no_json_writes_nothing(tmp_path):
             write(path, {"step": object()})
     assert list(storage.read_lines(path)) == [{"step": 1}]
     assert os.listdir(tmp_path) == ["log"]  # noqa: PTH208
+
+
+def test_a_log_is_cut_back_to_an_earlier_length(tmp_path):
+    log = tmp_path / "log"
+    storage.append_line(log, {"n": 1})
+    length = storage.length_of(log)
+    storage.append_line(log, {"n": 2})
+    storage.cut_back(log, length["bytes"], length["crc"])
+    assert list(storage.read_lines(log)) == [{"n": 1}]
+    assert storage.length_of(log) == length
+    storage.append_line(log, {"n": 3})
+    assert list(storage.read_lines(log)) == [{"n": 1}, {"n": 3}]
+
+
+def test_a_log_that_is_not_there_has_length_0_and_can_be_cut_to_it(tmp_path):
+    assert storage.length_of(tmp_path / "log") == {"bytes": 0, "crc": 0}
+    storage.cut_back(tmp_path / "log", 0, 0)
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(("size", "crc"), [(1000, None), (9, 1)])
+def test_a_log_that_does_not_hold_what_it_should_is_refused_and_left_alone(tmp_path, size, crc):
+    log = tmp_path / "log"
+    storage.append_line(log, {"n": 1})
+    before = log.read_bytes()
+    with pytest.raises(storage.DamagedFileError, match=f"no longer holds the {size} bytes"):
+        storage.cut_back(log, size, crc)
+    assert log.read_bytes() == before
+
+
+def test_leftovers_of_killed_writers_are_swept_and_nothing_else(tmp_path):
+    kept = [tmp_path / "log", tmp_path / ".log", tmp_path / ".other.abcdefgh"]
+    for file in (*kept, tmp_path / ".log.abcd_123"):
+        file.write_text("x")
+    storage.sweep(tmp_path, ["log"])
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_draft_lies_beside_its_place_with_the_usual_permissions(tmp_path):
+    draft = storage.draft_folder(tmp_path / "run")
+    (tmp_path / "usual").mkdir()
+    assert draft.parent == tmp_path
+    assert draft.name.startswith(".run.")
+    assert draft.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_draft_that_cannot_be_made_names_its_place(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        storage.draft_folder(tmp_path / "no" / "run")
+    assert caught.value.filename == str(tmp_path / "no" / "run")
+
+
+# folders
+
+
+def test_a_new_folder_is_there_with_all_of_its_files(tmp_path):
+    with storage.new_folder(tmp_path / "a" / "b") as place:
+        (place / "one").write_text("1")
+        assert not (tmp_path / "a" / "b").exists()
+    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["one"]
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_an_empty_folder_may_be_there_already(tmp_path):
+    with storage.new_folder(tmp_path) as place:
+        (place / "one").write_text("1")
+    assert (tmp_path / "one").read_text() == "1"
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    def fill():
+        with storage.new_folder(tmp_path / "a") as place:
+            (place / "one").write_text("1")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_a_new_folder_never_takes_the_place_of_anything(kind, tmp_path):
+    target = tmp_path / "a"
+    if kind == "file":
+        target.write_text("mine")
+    elif kind == "folder":
+        target.mkdir()
+        (target / "one").write_text("mine")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / "elsewhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="nothing is ever overwritten"):
+        storage.new_folder(target).__enter__()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_checksum_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    assert storage.sha256_of(tmp_path / "empty").startswith("e3b0c44298fc1c149afbf4c8996fb924")

@@ -13,7 +13,7 @@ import torch
 
 from dessilbi.runs import Run
 from dessilbi.training.data import DATA_SETS, DataSet
-from dessilbi.training.generated import synthetic
+from dessilbi.training.data.generated import synthetic
 from dessilbi.training.loop import train
 from dessilbi.training.recipes import Recipe, load_recipe
 
@@ -25,6 +25,7 @@ epochs = 2
 batch_size = 200
 validation = 800
 points = 4
+judged = 100
 
 [optimizer]
 lr = 0.1
@@ -46,6 +47,27 @@ QUICK = (
     *("epochs=2", "points=2", "optimizer.lam=1e-4"),
 )
 FEW = DataSet(lambda root, download: synthetic(num_train=200, num_test=50), mean=0.1, std=0.15)
+
+
+class Recorder:
+    """Keeps what it is told; may raise at a step."""
+
+    def __init__(self, error=None):
+        self.told, self.said, self.finished, self.error = [], [], 0, error
+
+    def say(self, text):
+        self.said.append(text)
+
+    def start(self, title, total_steps, done):
+        self.told.append((title, total_steps))
+
+    def update(self, step, facts):
+        self.told.append((step, facts))
+        if self.error is not None:
+            raise self.error
+
+    def finish(self):
+        self.finished += 1
 
 
 def tiny_recipe(folder: Path, *assignments: str) -> Recipe:

@@ -8,12 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dessilbi.calibration import DensityControl as DensityControl
     from dessilbi.compaction import Compacted as Compacted
     from dessilbi.compaction import close as close
     from dessilbi.compaction import compact as compact
+    from dessilbi.exporting import export as export
     from dessilbi.groups import param_groups as param_groups
     from dessilbi.optimizer import DessiLBI as DessiLBI
     from dessilbi.path import Path as Path
+    from dessilbi.planning import Plan as Plan
+    from dessilbi.planning import plan as plan
+    from dessilbi.saving import load_compact as load_compact
+    from dessilbi.saving import save_compact as save_compact
     from dessilbi.ticket import Ticket as Ticket
     from dessilbi.wrapping import wrap as wrap
 
@@ -21,12 +27,18 @@ __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
     "Compacted": "dessilbi.compaction",
+    "DensityControl": "dessilbi.calibration",
     "DessiLBI": "dessilbi.optimizer",
     "Path": "dessilbi.path",
+    "Plan": "dessilbi.planning",
     "Ticket": "dessilbi.ticket",
     "close": "dessilbi.compaction",
     "compact": "dessilbi.compaction",
+    "export": "dessilbi.exporting",
+    "load_compact": "dessilbi.saving",
     "param_groups": "dessilbi.groups",
+    "plan": "dessilbi.planning",
+    "save_compact": "dessilbi.saving",
     "wrap": "dessilbi.wrapping",
 }
 __all__ = [*_PUBLIC, "__version__"]

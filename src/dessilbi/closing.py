@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Closing: extend a ticket so that what is dead is exactly 0 everywhere, and hence removable.
 
-A block is dead if all its producers are. Its followers (biases, norm affines, depthwise rows,
-gates) are masked too. Dead blocks that cannot be removed come back to life and are listed.
+A block is dead if all its producers are, or if all that reads it is. Its followers (biases, norm
+affines, depthwise rows, gates) are masked too, and so are the columns of its consumers, which then
+read only zeros: they cannot act on the output, but a penalty or decay would act on them. So a
+closed ticket marks everything that compaction removes. (Columns that read another constant stay,
+they do act.) Dead blocks that cannot be removed come back to life and are listed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -14,31 +18,39 @@ import torch
 from torch import Tensor, nn
 
 from dessilbi.graph import Graph, read_graph
-from dessilbi.graph.labels import Ids
+from dessilbi.graph.labels import Axis, Ids
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.graph.units import CLOSABLE
-from dessilbi.structure import Block
 from dessilbi.ticket import TensorSpec, Ticket
+from dessilbi.unread import unread_blocks
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
+Constants = Sequence[np.ndarray[Any, np.dtype[np.float64]]]  # per consumer of constants, per column
 
 
 @dataclass(frozen=True)
 class Settled:
-    """Blocks of a model: ``dead`` by the ticket, ``revived``, ``kept`` as zeros, and ``gone``."""
+    """Blocks of a model: ``dead`` by the ticket, and what becomes of them.
+
+    ``revived`` come back to life, ``kept`` stay as zeros because a layer needs them, ``rounded``
+    stay as zeros for a multiple that hardware likes; the others are ``gone``.
+    """
 
     dead: Flags
     revived: Flags
     kept: Flags
+    rounded: Flags
 
     @property
     def gone(self) -> Flags:
         """Blocks that can be removed."""
-        return self.dead & ~self.revived & ~self.kept
+        return self.dead & ~self.revived & ~self.kept & ~self.rounded
 
 
 def close(ticket: Ticket, model: nn.Module, *, example_inputs: ExampleInputs) -> Ticket:
-    """Extend ``ticket`` to followers, so that dead blocks are exactly 0 after their activation.
+    """Extend ``ticket`` to all that hangs on a dead block, so that it is exactly 0 and unread.
+
+    Biases, norms and the like that follow a dead block are masked, and the columns that read it.
 
     Args:
         ticket: Any ticket of ``model``.
@@ -64,27 +76,94 @@ def close(ticket: Ticket, model: nn.Module, *, example_inputs: ExampleInputs) ->
 
 def close_on(graph: Graph, ticket: Ticket) -> Ticket:
     """Close a ticket on a graph that is already read."""
-    settled = settle(graph, dead_blocks(graph, ticket))
+    settled, masks, specs = _settled(graph, ticket)
+    closed = Ticket(masks, specs, {**ticket.origin, **_told(graph, ticket, settled)})
+    return ticket if ticket.origin.get("closed") is True and closed == ticket else closed
+
+
+def settle_on(graph: Graph, ticket: Ticket) -> Settled:
+    """Decide what can go once ``ticket`` is closed, whether it is or not."""
+    return _settled(graph, ticket)[0]
+
+
+def _settled(
+    graph: Graph, ticket: Ticket
+) -> tuple[Settled, dict[str, Tensor], dict[str, TensorSpec]]:
+    """Return what is dead and can go, with the masks and specs that say so."""
+    dead = dead_blocks(graph, ticket)
+    while True:
+        settled = settle(graph, dead)
+        masks, specs = _extended(graph, ticket, settled)
+        # Rows that read dead blocks only, and have no bias, are 0 as well.
+        closed = Ticket(masks, specs, {"closed": True})
+        wider = dead | dead_blocks(graph, closed) | _unread(graph, closed, settled)
+        if np.array_equal(wider, dead):
+            return settled, masks, specs
+        dead = wider
+
+
+def _unread(graph: Graph, ticket: Ticket, settled: Settled) -> Flags:
+    """Return further blocks that nobody reads and that could go at once."""
+    dead = settled.gone | settled.kept
+    more = unread_blocks(graph, ticket) & ~settled.dead
+    while more.any():
+        revived = settle(graph, dead | more).revived
+        if (revived & ~more).any():
+            return np.zeros_like(more)
+        if not revived.any():
+            break
+        more &= ~revived
+    return more
+
+
+def _extended(
+    graph: Graph, ticket: Ticket, settled: Settled
+) -> tuple[dict[str, Tensor], dict[str, TensorSpec]]:
+    """Return masks and specs with everything that is dead or revived written into them."""
     masks, specs = dict(ticket), dict(ticket.specs)
+    lost = settled.dead & ~settled.revived
     for unit in graph.units:
-        for flags, alive in ((settled.dead & ~settled.revived, False), (settled.revived, True)):
+        for flags, alive in ((lost, False), (settled.revived, True)):
             chosen = flags[unit.blocks]
             if not chosen.any():
                 continue
             for member in unit.members:
                 if member.role in CLOSABLE:
-                    index = member.index[chosen].ravel()
-                    _set(
-                        masks,
-                        specs,
-                        graph.shapes[member.name],
-                        member.name,
-                        member.dim,
-                        index,
-                        alive,
-                    )
-    closed = Ticket(masks, specs, {**ticket.origin, **_told(graph, ticket, settled)})
-    return ticket if ticket.origin.get("closed") is True and closed == ticket else closed
+                    shape, index = graph.shapes[member.name], member.index[chosen].ravel()
+                    _refine(masks, specs, member.name, shape, {member.dim: 1})
+                    kept = masks[member.name]
+                    masks[member.name] = kept.index_fill(member.dim, torch.from_numpy(index), alive)
+    _mask_columns(graph, masks, specs, lost)
+    return masks, specs
+
+
+def _mask_columns(
+    graph: Graph, masks: dict[str, Tensor], specs: dict[str, TensorSpec], lost: Flags
+) -> None:
+    """Mask the columns that read nothing but zeros; those that read another constant act."""
+    acting: dict[Axis, Flags] = {}
+    for constant in graph.constants:
+        known = acting.get(constant.axis, np.zeros_like(constant.columns))
+        acting[constant.axis] = known | constant.columns
+    for axis, blocks in graph.axes.items():
+        zeros = flagged(blocks, lost)
+        if axis in acting:
+            zeros = zeros & ~acting[axis]
+        if axis.role != "consumer" or not zeros.any():
+            continue
+        shape = graph.shapes[axis.name]
+        if axis.groups == 1:
+            length = gcd(len(zeros), *(np.flatnonzero(np.diff(zeros)) + 1).tolist())
+            length = _refine(masks, specs, axis.name, shape, {axis.dim: length})[axis.dim]
+            index = torch.from_numpy(np.flatnonzero(zeros[::length]))
+            masks[axis.name] = masks[axis.name].index_fill(axis.dim, index, False)
+        else:
+            _refine(masks, specs, axis.name, shape, {0: shape[0] // axis.groups, 1: 1})
+            mask = masks[axis.name].clone()
+            inside = torch.from_numpy(zeros).reshape(axis.groups, 1, -1)
+            rows = mask.view(axis.groups, -1, *mask.shape[1:])
+            rows.masked_fill_(inside.reshape(*inside.shape, *[1] * (mask.dim() - 2)), False)
+            masks[axis.name] = mask
 
 
 def _told(graph: Graph, ticket: Ticket, settled: Settled) -> dict[str, Any]:
@@ -102,35 +181,45 @@ def _told(graph: Graph, ticket: Ticket, settled: Settled) -> dict[str, Any]:
     }
 
 
-def _set(
+def _refine(
     masks: dict[str, Tensor],
     specs: dict[str, TensorSpec],
-    shape: tuple[int, ...],
     name: str,
-    dim: int,
-    index: Ids,
-    alive: bool,
-) -> None:
-    """Write ``alive`` for whole slices along ``dim``, cutting blocks finer where needed."""
+    shape: tuple[int, ...],
+    lengths: Mapping[int, int],
+) -> tuple[int, ...]:
+    """Cut the blocks of a tensor finer, so that their lengths divide those wanted per dimension.
+
+    Returns:
+        The lengths of its blocks in numbers.
+    """
     if name not in masks:
-        block: Block = tuple(1 if d == dim else None for d in range(len(shape)))
-        specs[name] = TensorSpec(shape, block)
+        specs[name] = TensorSpec(shape, (None,) * len(shape))
         masks[name] = torch.ones(specs[name].grid, dtype=torch.bool)
-    spec, mask = specs[name], masks[name].clone()
-    length = spec.block[dim]
-    if length != 1:
-        mask = mask.repeat_interleave(shape[dim] if length is None else length, dim)
-        finer = tuple(1 if d == dim else n for d, n in enumerate(spec.block))
-        specs[name] = TensorSpec(shape, finer)
-    masks[name] = mask.index_fill(dim, torch.from_numpy(index), alive)
+    block, mask = list(specs[name].block), masks[name]
+    for dim, wanted in lengths.items():
+        length = shape[dim] if block[dim] is None else int(block[dim] or 1)
+        finer = gcd(length, wanted)
+        if finer != length:
+            mask = mask.repeat_interleave(length // finer, dim)
+            block[dim] = finer
+    specs[name], masks[name] = TensorSpec(shape, tuple(block)), mask
+    return tuple(n if length is None else length for n, length in zip(shape, block, strict=True))
 
 
 def dead_blocks(graph: Graph, ticket: Ticket) -> Flags:
-    """Return which blocks are dead: all their producers have no living element."""
+    """Return which blocks are dead: all their producers have no living element.
+
+    In a closed ticket their followers have none either. There a row may also be empty because it
+    reads dead blocks only: if it still adds its bias, it lives.
+    """
+    roles = CLOSABLE if ticket.origin.get("closed") is True else ("producer",)
     dead = np.ones(graph.num_blocks, bool)
     empty: dict[tuple[str, int], Flags] = {}
     for unit in graph.units:
-        for member in unit.producers:
+        for member in unit.members:
+            if member.role not in roles:
+                continue
             key = (member.name, member.dim)
             if key not in empty:
                 empty[key] = _empty_slices(ticket, *key, graph.shapes[member.name])
@@ -141,33 +230,45 @@ def dead_blocks(graph: Graph, ticket: Ticket) -> Flags:
 def _empty_slices(ticket: Ticket, name: str, dim: int, shape: tuple[int, ...]) -> Flags:
     if name not in ticket:
         return np.zeros(shape[dim], bool)
-    mask = ticket.mask_of(name).movedim(dim, 0).reshape(shape[dim], -1)
-    return np.asarray(~mask.any(dim=1).numpy())
+    blocks = ticket[name]
+    count = blocks.shape[dim]
+    alive = blocks.movedim(dim, 0).reshape(count, -1).any(dim=1)
+    return np.asarray(~alive.repeat_interleave(shape[dim] // count).numpy())
 
 
-def settle(graph: Graph, dead: Flags, *, multiple_of: int = 1) -> Settled:
+def settle(
+    graph: Graph, dead: Flags, *, multiple_of: int = 1, constants: Sequence[Constants] = ()
+) -> Settled:
     """Decide which dead blocks can go.
 
     First those that would leave a model uneven are revived, until nothing changes. Then a layer
-    that would disappear keeps a block of zeros (and what evenness then asks for).
+    that would disappear keeps a block of zeros, constants keep a carrier (for each of
+    ``constants``, the values that consumers read), and widths are rounded up.
     """
     gone = dead.copy()
     while len(back := _uneven(graph, gone)):
         gone[back] = False
     revived = dead & ~gone
-    rounded = multiple_of <= 1
+    needed = gone.copy()
+    _give_back(graph, needed, dead & ~revived, 1, constants)
+    gone = needed.copy()
+    _give_back(graph, gone, dead & ~revived, multiple_of, constants)
+    return Settled(dead, revived, dead & ~revived & ~needed, needed & ~gone)
+
+
+def _give_back(
+    graph: Graph, gone: Flags, zeros: Flags, multiple: int, constants: Sequence[Constants]
+) -> None:
+    """Keep blocks of zeros, in place, until nothing more is needed."""
     while True:
-        back = _last_ones(graph, gone, dead & ~revived & ~gone)
+        back = _last_ones(graph, gone, zeros & ~gone, constants)
         if not len(back):
             back = _uneven(graph, gone)
-        if not len(back) and not rounded:
-            back, rounded = _rounding(graph, gone, multiple_of), True
-            if not len(back):
-                break
-        elif not len(back):
-            break
+        if not len(back) and multiple > 1:
+            back = _rounding(graph, gone, multiple)
+        if not len(back):
+            return
         gone[back] = False
-    return Settled(dead, revived, dead & ~revived & ~gone)
 
 
 def flagged(blocks: Ids, gone: Flags) -> Flags:
@@ -188,7 +289,7 @@ def _uneven(graph: Graph, gone: Flags) -> Ids:
     for even in graph.evens:
         if len(back := _uneven_groups(even.inputs, even.outputs, gone)):
             return back
-    held = [c for c in graph.constants if not c.foldable and c.axis.groups > 1]
+    held = [c for c in graph.constants if c.bias is None and c.axis.groups > 1]
     for constant in held:
         blocks = graph.axes[constant.axis]
         if len(back := np.unique(blocks[flagged(blocks, gone) & constant.columns])):
@@ -208,33 +309,49 @@ def _uneven_groups(inputs: Ids, outputs: Ids, gone: Flags) -> Ids:
     return np.unique(np.asarray(back, np.int64))
 
 
-def _last_ones(graph: Graph, gone: Flags, zeros: Flags) -> Ids:
+def _last_ones(graph: Graph, gone: Flags, zeros: Flags, constants: Sequence[Constants]) -> Ids:
     """Return blocks that must stay so that no layer disappears and constants have a carrier."""
     for blocks in graph.axes.values():
         if len(blocks) and flagged(blocks, gone).all():
             return blocks[:1]
-    for constant in graph.constants:
-        if constant.foldable:
+    for number, constant in enumerate(graph.constants):
+        if constant.bias is not None:
             continue
         blocks = graph.axes[constant.axis]
-        lost = flagged(blocks, gone) & constant.columns
-        carriers = flagged(blocks, zeros) & constant.columns
-        if lost.any() and not carriers.any():
-            return blocks[lost][:1]
+        values = [abs(each[number]) for each in constants] or [np.ones(len(blocks))]
+        for value in values:  # the largest constant carries those of the others
+            able = constant.columns & (value > 0)
+            lost, carriers = flagged(blocks, gone) & able, flagged(blocks, zeros) & able
+            least = 1e-3 * value[lost].max(initial=0.0)  # a weak carrier would magnify rounding
+            if lost.any() and not (carriers & (value >= least)).any():
+                return blocks[[np.where(lost, value, 0).argmax()]]
     return np.empty(0, np.int64)
 
 
 def _rounding(graph: Graph, gone: Flags, multiple: int) -> Ids:
-    """Return blocks that stay as zeros so that widths are multiples of ``multiple``."""
-    stay = gone.copy()
+    """Return blocks that stay as zeros so that one more width is a multiple of ``multiple``."""
     for axis, blocks in graph.axes.items():
-        if axis.role != "producer":
+        lost = flagged(blocks, gone)
+        alive = len(blocks) - int(lost.sum())
+        if axis.role != "producer" or alive % multiple == 0 or not lost.any():
             continue
-        lost = flagged(blocks, stay)
-        missing = -int((~lost).sum()) % multiple
-        for block in np.unique(blocks[lost])[:missing]:
-            stay[block] = False
-    return np.flatnonzero(gone & ~stay)
+        found, rows = np.unique(blocks[lost], return_counts=True)
+        order = _evenly(graph, found)
+        fits = np.flatnonzero((alive + np.cumsum(rows[order])) % multiple == 0)
+        if len(fits):
+            return found[order[: fits[0] + 1]]
+    return np.empty(0, np.int64)
+
+
+def _evenly(graph: Graph, blocks: Ids) -> Ids:
+    """Return an order of blocks that takes turns between the groups they belong to."""
+    turn = np.zeros(len(blocks), np.int64)
+    for even in graph.evens:
+        for rows in (even.inputs, even.outputs):
+            for row in rows:
+                mine = np.isin(blocks, row)
+                turn[mine] = np.maximum(turn[mine], np.arange(mine.sum()))
+    return np.argsort(turn, kind="stable")
 
 
 def units_of(graph: Graph, flags: Flags) -> Mapping[str, int]:

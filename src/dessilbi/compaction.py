@@ -6,48 +6,82 @@ exported program is rewritten. Either way the result is certified in float64, or
 """
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dessilbi.adapting import Rewriter
+from dessilbi.blueprint import FORMS, Blueprint, Form, tensors_of
+from dessilbi.candidates import Candidate, candidate, narrow
 from dessilbi.closing import Settled, close, close_on, dead_blocks, settle, units_of
-from dessilbi.cutting import Cut, Cuts, cut_module, find_cuts
-from dessilbi.folding import fold
+from dessilbi.cutting import Cuts, cut_ticket, find_cuts
+from dessilbi.folding import constants_of
+from dessilbi.following import Scheduler, adopt, check_follows, follow
 from dessilbi.graph import Graph, read_graph
 from dessilbi.graph.program import ExampleInputs, evaluating
-from dessilbi.naming import canonical_name, unwrap
+from dessilbi.inputs import Arguments
+from dessilbi.naming import unwrap
 from dessilbi.proving import (
-    Arguments,
     Proof,
+    Reference,
+    check_finite,
     count_macs,
     difference,
+    find_reference,
     find_references,
     measure_latency,
     outputs,
     probes_of,
     wide,
 )
-from dessilbi.rewriting import Resized, Rewriter, bias_name, rewrite, widen
+from dessilbi.rewriting import place_tensors, sharing_copy, wide_literals, widen
 from dessilbi.ticket import Ticket
+from dessilbi.witness import Witness
 
 TOLERANCE = 1e-9  # of the float64 certificate; exact compactions reach 1e-15
+NEAR = 1e-4  # what rounding in float32 may do inside a forward that casts
 
 __all__ = ["Compacted", "close", "compact"]
 
 
 @dataclass(frozen=True)
 class Compacted:
-    """A smaller model, the proof that it computes the same, and what was cut."""
+    """A smaller model, the proof that it computes the same, and what was cut.
+
+    ``ticket`` says what is dead in the smaller model (single dead entries, blocks kept as zeros).
+    It is enforced on ``optimizer``; enforce it yourself on any other, also after loading.
+    ``closed`` is the ticket it was cut by, ``blueprint`` makes the same cut on a fresh model, and
+    ``witness`` holds answers of the masked model: what :func:`save_compact` needs.
+    """
 
     model: nn.Module
     proof: Proof
     optimizer: torch.optim.Optimizer | None
-    cuts: Cuts
+    blueprint: Blueprint
+    ticket: Ticket
+    closed: Ticket
+    witness: Witness
+
+    @property
+    def cuts(self) -> Cuts:
+        """Kept indices of every tensor that was cut."""
+        return self.blueprint.cuts
+
+    def follow(self, scheduler: Scheduler) -> Scheduler:
+        """Return a copy of a learning-rate scheduler that goes on with ``optimizer``.
+
+        Call it before the scheduler's next step; the one given still drives the old optimizer.
+
+        Raises:
+            ValueError: No optimizer was given to :func:`compact`, or the scheduler drives another.
+        """
+        if self.optimizer is None:
+            raise ValueError(
+                "no optimizer went along: call compact(..., optimizer=...) with the scheduler's"
+            )
+        return adopt(scheduler, self.optimizer)
 
 
 def compact(
@@ -67,16 +101,19 @@ def compact(
         model: The model; it is not changed.
         ticket: A closed ticket of it.
         example_inputs: A tensor, a tuple of forward's arguments, or a dict of its keywords.
-        optimizer: Not followed yet.
-        multiple_of: Round widths up to a multiple, for hardware.
+        optimizer: The optimizer that trains the model, to go on with the smaller one: the result's
+            ``optimizer`` continues as this one would under ``ticket.enforce``, with state, groups,
+            options and hooks (docs/continuing.md). This one still trains the original.
+        multiple_of: Round widths up to a multiple, for hardware, where the layer is wide enough.
         latency_repeats: Measure latency with so many runs (0: not at all).
 
     Returns:
-        The new model, the proof, and the kept indices of every tensor that was cut.
+        The new model, the proof, the optimizer that goes on (if one was given), the kept indices
+        of every tensor that was cut, and the ticket in the new shapes.
 
     Raises:
         ValueError: The ticket is of another model or not closed, the model cannot be read, has
-            NaN weights, or no exact compaction was found.
+            NaN weights, no exact compaction was found, or the optimizer cannot follow.
 
     >>> from dessilbi.ticket import TensorSpec
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -86,31 +123,38 @@ def compact(
     >>> compact(net, close(ticket, net, example_inputs=x), example_inputs=x).model[0]
     Linear(in_features=4, out_features=2, bias=True)
     """
-    if optimizer is not None:
-        raise ValueError(
-            "compact(optimizer=...) is not available yet: compact without it and give the new "
-            "model a new optimizer"
-        )
     if multiple_of < 1:
         raise ValueError(f"multiple_of is {multiple_of}: give a whole number >= 1")
     model = unwrap(model)
     ticket.density_of_model(model)  # checks names and shapes
-    _check_finite(model)
+    check_finite(model)
     graph = read_graph(model, example_inputs)
     if close_on(graph, ticket) != ticket:
         raise ValueError(
             "this ticket is not closed, so dead blocks still act through biases and norms: "
             "call close(ticket, model, example_inputs=...) first"
         )
-    settled = settle(graph, dead_blocks(graph, ticket), multiple_of=multiple_of)
-    closed = ticket.apply_(copy.deepcopy(model))
-    return _certified(_Job(model, closed, graph, settled, example_inputs, latency_repeats, ticket))
+    closed = _explicit(ticket.apply_(copy.deepcopy(model)))
+    job = _Job(
+        model, closed, graph, ticket, example_inputs, multiple_of, latency_repeats, optimizer
+    )
+    try:
+        references = find_references(closed, ticket, example_inputs)
+    except RuntimeError:  # forward does not run in float64
+        return _compacted(job, [job.program_reference()])
+    try:
+        return _compacted(job, references)
+    except _NearMissError:  # forward casts to a narrower type in between
+        return _compacted(job, [job.program_reference()])
 
 
-def _check_finite(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} has values that are not finite: restore a sound checkpoint")
+def _explicit(model: nn.Module) -> nn.Module:
+    """Write out the eps that RMSNorm takes from the type, because the proof changes the type."""
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm) and module.eps is None:
+            dtype = torch.float32 if module.weight is None else module.weight.dtype
+            module.eps = torch.finfo(dtype).eps
+    return model
 
 
 @dataclass(frozen=True)
@@ -118,155 +162,131 @@ class _Job:
     model: nn.Module
     closed: nn.Module
     graph: Graph
-    settled: Settled
-    example_inputs: ExampleInputs
-    latency_repeats: int
     ticket: Ticket
+    example_inputs: ExampleInputs
+    multiple_of: int
+    latency_repeats: int
+    optimizer: torch.optim.Optimizer | None
+
+    def program_reference(self) -> Reference:
+        """The program in float64, for a module that computes in a narrower type."""
+        program = sharing_copy(self.graph.reading.program.module)
+        model = copy.deepcopy(self.closed).double()
+        place_tensors(program, self.graph, tensors_of(model))
+        return find_reference(model, self.example_inputs, widen(program))
 
 
-def _certified(job: _Job) -> Compacted:
+class _NearMissError(ValueError):
+    """No form is exact, but one differs by no more than rounding in float32."""
+
+
+def _compacted(job: _Job, references: list[Reference]) -> Compacted:
     """Build candidates until one is exact."""
-    references = find_references(job.closed, job.ticket, job.example_inputs)
-    plan = [_plan(job, reference.model) for reference in references]
-    types = {name: tensor.dtype for name, tensor in _tensors(job.closed).items()}
-    reasons = []
-    for form in ("module", "sized module", "program"):
+    graph, dead = job.graph, dead_blocks(job.graph, job.ticket)
+    args, kwargs = wide(probes_of(job.example_inputs)[0])
+    inputs = (*args, *kwargs.values())
+    constants = [constants_of(graph, dead, tensors_of(r.model), inputs) for r in references]
+    settled = settle(graph, dead, multiple_of=job.multiple_of, constants=constants)
+    if job.optimizer is not None:
+        check_follows(job.optimizer, job.model, find_cuts(graph, settled.gone))
+    candidates = [
+        candidate(graph, settled.gone, reference, found)
+        for reference, found in zip(references, constants, strict=True)
+    ]
+    reasons, best = [], float("inf")
+    # The program is exported in evaluation mode: not for training.
+    for form in [f for f in FORMS if job.optimizer is None or f != "program"]:
         try:
-            smaller = [p.build(form) for p in plan]
+            smaller = [each.build(form) for each in candidates]
             if smaller[0] is None:
                 continue
-            worst = max(r.certify(s) for r, s in zip(references, smaller, strict=True) if s)
+            worst = max(
+                each.reference.certify(small)
+                for each, small in zip(candidates, smaller, strict=True)
+                if small is not None
+            )
         except Exception as error:  # forward may break in any way once sizes change
             reasons.append(f"{form}: {str(error).splitlines()[0] if str(error) else error!r}")
             continue
         if worst <= TOLERANCE:
-            notes = tuple(plan[0].rewritten.forced) if form == "program" else ()
-            program = plan[0].rewritten.module
-            small = _narrow(program if form == "program" else smaller[0], types)
-            proof = _proof(job, small, program, worst, form, notes)
-            return Compacted(small, proof, None, plan[0].cuts)
+            return _finish(job, settled, candidates[0], form, worst)
+        best = min(best, worst)
         reasons.append(f"{form}: relative difference {worst:.2g}")
-    raise ValueError(
-        f"no exact compaction of {type(job.model).__name__} was found ({'; '.join(reasons)}); "
-        f"leave the units concerned alive or report the model"
+    if job.optimizer is not None and best >= NEAR:
+        raise ValueError(
+            f"{type(job.model).__name__} cannot be compacted to go on training, because its "
+            f"forward holds sizes ({'; '.join(reasons)}); compute them from the weights, or "
+            f"compact without optimizer=, which may give its exported program for inference"
+        )
+    kind = _NearMissError if best < NEAR and references[0].runner is None else ValueError
+    raise kind(
+        f"no exact compaction of {type(job.closed).__name__} was found ({'; '.join(reasons)}); "
+        f"leave the units concerned alive or report the model{_randomness(references[0])}"
     )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that is needed to build one smaller model in its different forms."""
-
-    model: nn.Module
-    folded: Mapping[str, Tensor]
-    cuts: Cuts
-    rewritten: Rewriter
-
-    def build(self, form: str) -> nn.Module | None:
-        """Return the float64 candidate; None where the form would be the same as the last."""
-        if form == "program":
-            return widen(copy.deepcopy(self.rewritten.module))
-        small = cut_module(_place(copy.deepcopy(self.model), self.folded), self.cuts)
-        if form == "sized module" and not _set_sizes(small, self.rewritten.resized):
-            return None
-        return small
+def _randomness(reference: Reference) -> str:
+    """Say so if the model itself gives different results for the same input."""
+    again = outputs(reference.runner or reference.model, reference.probes[:1])
+    differs = difference(again, reference.expected[:1]) > 0
+    return " (its output is random or changes from call to call)" if differs else ""
 
 
-def _plan(job: _Job, reference: nn.Module) -> _Plan:
-    tensors = _tensors(reference)
-    gone = job.settled.gone
-    args, kwargs = wide(probes_of(job.example_inputs)[0])
-    folded = fold(job.graph, job.settled.dead, gone, tensors, (*args, *kwargs.values()))
-    cuts = _with_biases(find_cuts(job.graph, gone), folded, tensors)
-    return _Plan(reference, folded, cuts, rewrite(job.graph, gone, cuts, folded))
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {canonical_name(name): tensor.detach() for name, tensor in named}
-
-
-def _with_biases(
-    cuts: dict[str, tuple[Cut, ...]], folded: Mapping[str, Tensor], before: Mapping[str, Tensor]
-) -> dict[str, tuple[Cut, ...]]:
-    """A bias that folding added loses the same rows as its weight."""
-    for name in [n for n in cuts if bias_name(n) in folded and bias_name(n) not in before]:
-        rows = [c for c in cuts[name] if c.dim == 0]
-        if rows:
-            cuts[bias_name(name)] = (Cut(bias_name(name), 0, rows[0].size, rows[0].index),)
-    return cuts
-
-
-def _place(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Write tensors into a model in place, adding biases it did not have."""
-    own = _tensors(model)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name in own:
-                own[name].copy_(tensor)
-            else:
-                owner, _, key = name.rpartition(".")
-                setattr(model.get_submodule(owner), key, nn.Parameter(tensor.clone()))
-    return model
-
-
-def _narrow(model: nn.Module, types: Mapping[str, torch.dtype]) -> nn.Module:
-    """Give every tensor the type it had; added biases take that of their weight."""
-    done: dict[int, Tensor] = {}
-    default = next((t for t in types.values() if t.is_floating_point), torch.float32)
-    for prefix, module in model.named_modules():
-        for own in (module._parameters, module._buffers):
-            for key, tensor in own.items():
-                if tensor is None or not tensor.is_floating_point():
-                    continue
-                name = canonical_name(f"{prefix}.{key}" if prefix else key)
-                if id(tensor) not in done:
-                    new = tensor.detach().to(types.get(name, default))
-                    if isinstance(tensor, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-                    done[id(tensor)] = new
-                own[key] = done[id(tensor)]
-    return model
-
-
-def _set_sizes(model: nn.Module, resized: list[Resized]) -> bool:
-    """Write new sizes into the attributes that hold the old ones, where the program changed."""
-    found = False
-    before: dict[str, dict[str, Any]] = {}
-    for change in resized:
-        module = model.get_submodule(change.module)
-        own = before.setdefault(change.module, dict(vars(module)))
-        for key, value in own.items():
-            if type(value) is int and value == change.old and not key.startswith("_"):
-                setattr(module, key, change.new)
-                found = True
-    return found
+def _finish(job: _Job, settled: Settled, found: Candidate, form: Form, worst: float) -> Compacted:
+    """Bring the exact candidate back to the model's types and write the proof."""
+    probe = wide(probes_of(job.example_inputs)[0])
+    small = found.rewriter.module if form == "program" else found.build(form)
+    assert small is not None
+    is_rewritten = isinstance(found.rewritten, Rewriter)
+    with wide_literals():
+        macs = count_macs((found.build("program") if is_rewritten else None) or small, probe)
+    small = narrow(small, {name: t.dtype for name, t in tensors_of(job.closed).items()})
+    notes = list(found.rewriter.forced) if form == "program" else []
+    proof = _proof(job, settled, small, macs, worst, form, found, notes)
+    ticket, optimizer = cut_ticket(job.ticket, found.cuts), job.optimizer
+    if optimizer is not None:
+        optimizer = follow(optimizer, job.model, small, found.cuts, ticket)
+    witness = Witness.of(found.reference, job.example_inputs)
+    blueprint = found.blueprint(form)
+    return Compacted(small, proof, optimizer, blueprint, ticket, job.ticket, witness)
 
 
 def _proof(
     job: _Job,
+    settled: Settled,
     small: nn.Module,
-    program: torch.fx.GraphModule,
+    macs: int,
     worst: float,
-    form: str,
-    notes: tuple[str, ...],
+    form: Form,
+    found: Candidate,
+    notes: list[str],
 ) -> Proof:
-    closed, settled, graph = job.closed, job.settled, job.graph
+    closed, graph = job.closed, job.graph
     probes = probes_of(job.example_inputs)
-    gap = difference(outputs(closed, probes), outputs(small, probes))
-    if not isfinite(gap):
+    expected = outputs(closed, probes)
+    gap = difference(expected, outputs(small, probes))
+    if not gap <= _rounding(expected):
         raise ValueError(
-            f"the compacted {type(job.model).__name__} is exact in float64 but not finite in its "
-            f"own type; compact it in float32"
+            f"the compacted {type(closed).__name__} is exact in float64 but differs by {gap:.2g} "
+            f"in its own type; compact it in float32 or float64"
         )
     timed = [_latency(each, probes[0], job.latency_repeats) for each in (closed, small)]
     before, after = (_size(each) for each in (closed, small))
+    types = {name: tensor.dtype for name, tensor in tensors_of(closed).items()}
+    sparse = found.sparse_bytes(job.ticket, types)
+    if not settled.gone.any():
+        notes.append("no tensor gets smaller: no whole unit is dead that could be removed")
+    if sparse < after[1]:
+        notes.append(
+            "dead weights inside living units stay as zeros: only sparse storage saves them"
+        )
     return Proof(
         params_before=before[0],
         params_after=after[0],
         bytes_before=before[1],
         bytes_after=after[1],
-        macs_before=count_macs(graph.reading.program.module, probes[0]),
-        macs_after=count_macs(widen(copy.deepcopy(program)), wide(probes[0])),
+        macs_before=count_macs(_program(graph), probes[0]),
+        macs_after=macs,
         max_abs_diff=gap,
         relative_diff=worst,
         probes=len(probes),
@@ -275,10 +295,28 @@ def _proof(
         revived={k: len(v) for k, v in job.ticket.origin.get("revived", {}).items()},
         kept_zero=units_of(graph, np.asarray(settled.kept)),
         form="program" if form == "program" else "module",
-        notes=notes,
+        sparse_bytes=sparse,
+        notes=tuple(notes),
+        rounded=units_of(graph, np.asarray(settled.rounded)),
         latency_ms_before=timed[0],
         latency_ms_after=timed[1],
     )
+
+
+def _rounding(expected: list[list[Tensor]]) -> float:
+    """A generous bound for what rounding does to outputs in their own type."""
+    bounds = [
+        float(x.abs().max()) * torch.finfo(x.dtype).eps ** 0.5
+        for found in expected
+        for x in found
+        if x.numel()
+    ]
+    return max(bounds, default=0.0)
+
+
+def _program(graph: Graph) -> nn.Module:
+    program = graph.reading.program
+    return copy.deepcopy(program.module) if program.writes else program.module
 
 
 def _latency(model: nn.Module, arguments: Arguments, repeats: int) -> tuple[float, float] | None:

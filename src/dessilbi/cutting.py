@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from dessilbi.closing import Flags, flagged
 from dessilbi.graph import Graph
 from dessilbi.graph.labels import Ids
-from dessilbi.naming import canonical_name
+from dessilbi.naming import tensor_names
+from dessilbi.structure import Block, expand
+from dessilbi.ticket import TensorSpec, Ticket
 
 
 @dataclass(frozen=True)
@@ -87,28 +89,72 @@ def _cut_grouped(tensor: Tensor, rows: Ids, columns: Cut) -> Tensor:
     return torch.cat(parts)
 
 
-def cut_module(model: nn.Module, cuts: Cuts) -> nn.Module:
-    """Return a copy of ``model`` with cut parameters, buffers and layer sizes."""
-    model = copy.deepcopy(model)
-    names = {id(t): canonical_name(n) for n, t in model.named_parameters()}
-    names |= {id(t): canonical_name(n) for n, t in model.named_buffers()}
-    done: dict[int, Tensor] = {}
+def cut_ticket(ticket: Ticket, cuts: Cuts) -> Ticket:
+    """Return what a ticket says of the tensors after the cut: what is dead and still there.
+
+    >>> spec = TensorSpec(shape=(2, 3), block=(1, None))
+    >>> ticket = Ticket({"w": torch.tensor([[True], [False]])}, {"w": spec})
+    >>> cut_ticket(ticket, {"w": (Cut("w", 1, 3, np.array([0, 2])),)}).specs["w"]
+    TensorSpec(shape=(2, 2), block=(1, None))
+    """
+    masks, specs = dict(ticket), dict(ticket.specs)
+    for name in ticket:
+        if name in cuts:
+            whole = cut_tensor(ticket.mask_of(name), cuts[name])
+            specs[name], masks[name] = _as_blocks(whole, specs[name].block)
+    return Ticket(masks, specs, {"compacted": True, "of": ticket.digest()})
+
+
+def _as_blocks(mask: Tensor, block: Block) -> tuple[TensorSpec, Tensor]:
+    """Return an element-wise mask by blocks, finer ones where the cut went through them."""
+    shape = tuple(mask.shape)
+    for lengths in (block, tuple(n and 1 for n in block), (1,) * len(block)):
+        steps = [size if n is None else n for n, size in zip(lengths, shape, strict=True)]
+        if any(size % step for size, step in zip(shape, steps, strict=True)):
+            continue
+        values = mask[tuple(slice(None, None, step) for step in steps)]
+        if torch.equal(expand(values, lengths, shape), mask):
+            break
+    return TensorSpec(shape, lengths), values
+
+
+def cut_module(model: nn.Module, cuts: Cuts, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of ``model`` with cut parameters, buffers and layer sizes.
+
+    Args:
+        model: The model; it is not changed, and tensors that stay whole are shared.
+        cuts: What stays of every tensor.
+        tensors: Values by name, before the cut; biases the model does not have are added.
+    """
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
+    named += model.named_buffers(remove_duplicate=False)
+    canonical = tensor_names(model)
+    names = {id(t): canonical[n] for n, t in reversed(named)}
+    model = copy.deepcopy(model, {id(t): t for _, t in named})
+    done = {name: cut_tensor(t, cuts[name]) for name, t in tensors.items() if name in cuts}
+    fresh = {name: done.get(name, t) for name, t in tensors.items()}
+    made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         touched: dict[str, tuple[Cut, ...]] = {}
         for own in (module._parameters, module._buffers):
             for key, tensor in own.items():
                 name = names.get(id(tensor))
-                if tensor is None or name is None or name not in cuts:
+                if tensor is None or name is None or name not in fresh:
                     continue
-                touched[key] = cuts[name]
-                if id(tensor) not in done:
-                    smaller = cut_tensor(tensor.detach(), cuts[name])
-                    if isinstance(tensor, nn.Parameter):
-                        smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
-                    done[id(tensor)] = smaller
-                own[key] = done[id(tensor)]  # type: ignore[assignment]
+                if name in cuts:
+                    touched[key] = cuts[name]
+                own[key] = fresh[name]  # type: ignore[assignment]
+                if isinstance(tensor, nn.Parameter):
+                    parameter = nn.Parameter(fresh[name], requires_grad=tensor.requires_grad)
+                    own[key] = made.setdefault(id(tensor), parameter)
         if touched:
             _resize(module, touched)
+    for name in fresh.keys() - names.values():
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        weight = module._parameters.get("weight")
+        trained = weight is None or weight.requires_grad
+        setattr(module, key, nn.Parameter(fresh[name], requires_grad=trained))
     return model
 
 
@@ -134,6 +180,11 @@ def _resize(module: nn.Module, touched: dict[str, tuple[Cut, ...]]) -> None:
     elif isinstance(module, nn.GroupNorm):
         module.num_groups = module.num_groups * shape[0] // module.num_channels
         module.num_channels = shape[0]
+    elif isinstance(module, nn.RMSNorm):
+        if module.eps is None:  # the type's own; compact writes it out before it changes the type
+            module.eps = torch.finfo(weight.dtype).eps
+        module.eps *= touched["weight"][0].size / shape[0]
+        module.normalized_shape = shape
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = shape[1]
     elif isinstance(module, nn.PReLU):

@@ -9,7 +9,7 @@ die together.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dessilbi import sharding
+from dessilbi.enforcing import living_entries
 from dessilbi.kernels import gamma_of
 from dessilbi.naming import canonical_names
 from dessilbi.structure import (
@@ -31,6 +32,9 @@ from dessilbi.structure import (
 from dessilbi.ticket import TensorSpec, Ticket
 
 STATE_KEY = "v"
+OWN_LAM = (
+    "own_lam"  # in a param group: {place of a tensor: its lambda}, where it is not the group's
+)
 
 
 def dual_dtype(param: Tensor) -> torch.dtype:
@@ -61,12 +65,24 @@ def alpha_of(optimizer: Optimizer, group: dict[str, Any]) -> float | Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One structured tensor, with the group that holds its options."""
+    """One structured tensor, with the group that holds its options and its place in the group.
+
+    ``living`` is the number of living entries of every block where a ticket is enforced and they
+    matter (block_scale "sqrt"), else None.
+    """
 
     name: str
     param: Tensor
     block: Block
     group: dict[str, Any]
+    place: int = 0
+    living: Tensor | None = None
+
+    @property
+    def lam(self) -> float:
+        """Lambda of this tensor: its group's, unless DensityControl gave it one of its own."""
+        own = self.group.get(OWN_LAM)
+        return float(self.group["lam"] if own is None else own[self.place])
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -97,7 +113,10 @@ def members(optimizer: Optimizer) -> list[Member]:
         names = group.get("param_names")
         for i, param in enumerate(group["params"]):
             name = names[i] if names else f"parameter {i} of group {number}"
-            found.append(Member(name, param, resolve(structure, param.shape, name=name), group))
+            block = resolve(structure, param.shape, name=name)
+            counted = group.get("block_scale") == "sqrt"
+            living = living_entries(optimizer, param, block) if counted else None
+            found.append(Member(name, param, block, group, i, living))
     return found
 
 
@@ -126,7 +145,7 @@ def named_members(optimizer: Optimizer) -> list[Member]:
             f"two structured tensors are both called {counts.most_common(1)[0][0]!r}: "
             f"give every parameter a name of its own"
         )
-    return [Member(canonical[m.name], m.param, m.block, m.group) for m in found]
+    return [replace(member, name=canonical[member.name]) for member in found]
 
 
 def units_of(found: Sequence[Member]) -> list[list[Member]]:
@@ -158,25 +177,37 @@ def _check_unit(name: object, unit: Sequence[Member]) -> None:
                 f"unit {name!r} joins {first.name} with {prod(first.grid)} blocks and "
                 f"{member.name} with {prod(member.grid)}: members need the same number of blocks"
             )
-        for option in ("lam", "block_scale"):
-            if member.group[option] != first.group[option]:
+        for option, one, other in (
+            ("lam", first.lam, member.lam),
+            ("block_scale", first.group["block_scale"], member.group["block_scale"]),
+        ):
+            if one != other:
                 raise ValueError(
-                    f"unit {name!r} joins {first.name} with {option}={first.group[option]!r} and "
-                    f"{member.name} with {option}={member.group[option]!r}: "
-                    f"members need the same {option}"
+                    f"unit {name!r} joins {first.name} with {option}={one!r} and "
+                    f"{member.name} with {option}={other!r}: members need the same {option}"
                 )
 
 
-def threshold(unit: Sequence[Member], lam: float | None = None) -> float:
+def threshold(unit: Sequence[Member], lam: float | None = None) -> float | Tensor:
     """Return lam_u, the norm of V above which a block of the unit is selected.
 
     lam_u = lam ("unit") or lam sqrt(|u|) ("sqrt"), |u| the elements of one block over all members.
+    Where a ticket is enforced, only living elements count: then there is one lam_u per block, in
+    the grid's shape of the first member (for a block without any, that of one element).
     """
-    group = unit[0].group
-    lam = float(group["lam"]) if lam is None else lam
-    if group["block_scale"] == "sqrt":
+    first = unit[0]
+    lam = first.lam if lam is None else lam
+    if first.group["block_scale"] != "sqrt":
+        return lam
+    if all(member.living is None for member in unit):
         return lam * math.sqrt(sum(member.size for member in unit))
-    return lam
+    device = sharding.local(first.param).device
+    counts: Any = sum(
+        member.size if member.living is None else member.living.reshape(-1).to(device)
+        for member in unit
+    )
+    per_block: Tensor = lam * counts.clamp(min=1).sqrt().reshape(first.grid)
+    return per_block.to(dual_dtype(first.param))
 
 
 def norms_of(optimizer: Optimizer, units: Sequence[Sequence[Member]]) -> list[Tensor]:
@@ -184,14 +215,28 @@ def norms_of(optimizer: Optimizer, units: Sequence[Sequence[Member]]) -> list[Te
 
     Over all units together this is one all-reduce where parameters are sharded.
     """
-    found = [member for unit in units for member in unit]
-    values = [v_of(optimizer, member.param) for member in found]
-    own = sharding.norms(
+    values = [[v_of(optimizer, member.param) for member in unit] for unit in units]
+    return joint_norms(
+        units,
         [
-            zeros_for(member.param) if v is None else v
-            for member, v in zip(found, values, strict=True)
+            [zeros_for(m.param) if v is None else v for m, v in zip(unit, vs, strict=True)]
+            for unit, vs in zip(units, values, strict=True)
         ],
-        [member.block for member in found],
+    )
+
+
+def joint_norms(
+    units: Sequence[Sequence[Member]], values: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """Return the norm per block of each unit, of any values laid out as the units' parameters.
+
+    Args:
+        units: As :func:`units_of` returns them.
+        values: For each unit one tensor per member, plain or sharded.
+    """
+    own = sharding.norms(
+        [value for unit in values for value in unit],
+        [member.block for unit in units for member in unit],
     )
     norms = iter(own)
     return [_joint([next(norms) for _ in unit], unit[0]) for unit in units]
@@ -225,8 +270,11 @@ def shrinks_of(optimizer: Optimizer, found: Sequence[Member]) -> dict[Tensor, Sh
     shrinks: dict[Tensor, Shrink] = {}
     coupled = []
     for unit in units_of(found):
-        if unit[0].group.get("unit") is None and is_elementwise(unit[0].block):
-            shrinks[unit[0].param] = Shrink(None, unit[0].block)
+        first = unit[0]
+        alone = first.group.get("unit") is None and is_elementwise(first.block)
+        # Kernels soft-threshold at the group's lambda, so a tensor with its own needs its scales.
+        if alone and first.lam == first.group["lam"]:
+            shrinks[first.param] = Shrink(None, first.block)
         else:
             coupled.append(unit)
     for unit, norms in zip(coupled, norms_of(optimizer, coupled), strict=True):
@@ -239,7 +287,8 @@ def shrinks_of(optimizer: Optimizer, found: Sequence[Member]) -> dict[Tensor, Sh
 
 def gamma_on_rank(v: Tensor, shrink: Shrink, member: Member) -> Tensor:
     """Return this rank's part of Gamma from its part of V."""
-    kappa, lam = float(member.group["kappa"]), threshold([member])
+    # lam is looked at where blocks are independent single elements: there it is the threshold.
+    kappa, lam = float(member.group["kappa"]), float(member.group["lam"])
     return gamma_of(sharding.local(v), shrink.scale, shrink.block, kappa=kappa, lam=lam)
 
 

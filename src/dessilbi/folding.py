@@ -1,62 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folding: dead channels whose activation is a constant other than 0 move into their consumers.
+"""Folding: what removed channels leave behind moves into the tensors that stay.
 
-Where every tap of a consumer sees the constant (a linear layer, a convolution without padding) it
-is a bias. Elsewhere one dead channel stays as carrier and gets the outgoing weights of the others,
-which is exact with any padding.
+A dead channel may hold a constant other than 0 after its activation. Where every tap of a consumer
+sees it (a linear layer, a convolution without padding) it is a bias. Elsewhere one dead channel
+stays as carrier and gets the outgoing weights of the others, which is exact with any padding. And
+the weight of an RMSNorm takes up that its mean runs over fewer channels.
 """
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dessilbi.closing import Flags, flagged
+from dessilbi.closing import Constants, Flags, flagged
 from dessilbi.graph import Graph
+from dessilbi.graph.program import op_name
 from dessilbi.graph.units import ConstantColumns
-from dessilbi.rewriting import bias_name, place_tensors, widen
+from dessilbi.rewriting import place_tensors, sharing_copy, wide_literals, widen
 
 
-def fold(
-    graph: Graph, dead: Flags, gone: Flags, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...]
-) -> dict[str, Tensor]:
-    """Return the tensors with constants of removed blocks moved into biases or carriers.
+def constants_of(
+    graph: Graph, dead: Flags, tensors: Mapping[str, Tensor], inputs: Sequence[Any]
+) -> Constants:
+    """Return what every consumer of constants reads from dead blocks, 0 from others.
 
     Args:
         graph: The graph of the model.
-        dead: Blocks that are dead (removed or kept as zeros).
-        gone: Blocks that are removed.
+        dead: Blocks that are dead.
         tensors: float64 values of the closed model by name.
         inputs: float64 inputs, in the order of the program's placeholders.
 
     Raises:
-        ValueError: What should be a constant is not, or has no carrier.
+        ValueError: What should be a constant is not.
     """
-    wanted = {c.node for c in graph.constants if (_blocks(graph, c, gone) & c.columns).any()}
-    result = dict(tensors)
+    wanted = {c.node for c in graph.constants if (_blocks(graph, c, dead) & c.columns).any()}
     if not wanted:
-        return result
-    module = copy.deepcopy(graph.reading.program.module)
+        return [np.zeros(c.axis.size) for c in graph.constants]
+    module = sharing_copy(graph.reading.program.module)
     place_tensors(module, graph, tensors)
     capture = _Capture(widen(module), wanted)
-    with torch.no_grad():
+    with torch.no_grad(), wide_literals():
         capture.run(*inputs)
-    done: dict[str, Tensor] = {}
-    for constant in graph.constants:
-        if constant.node not in wanted:
-            continue
-        values = _values(constant, capture.inputs[constant.node], dead, graph)
-        name = constant.axis.name
-        if name in done:
-            if not torch.allclose(done[name], values, rtol=1e-12, atol=1e-12):
-                raise ValueError(
-                    f"{name} is used twice and reads different constants; keep its units alive"
-                )
-            continue
-        done[name] = values
-        _move(graph, constant, gone, values, result)
+    return [
+        _values(c, capture.inputs[c.node], dead, graph)
+        if c.node in wanted
+        else np.zeros(c.axis.size)
+        for c in graph.constants
+    ]
+
+
+def fold(
+    graph: Graph, gone: Flags, constants: Constants, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors with what removed blocks leave behind moved into them.
+
+    Args:
+        graph: The graph of the model.
+        gone: Blocks that are removed.
+        constants: What :func:`constants_of` found.
+        tensors: float64 values of the closed model by name.
+
+    Raises:
+        ValueError: A constant has no carrier.
+    """
+    result = dict(tensors)
+    for constant, values in zip(graph.constants, constants, strict=True):
+        _move(graph, constant, gone, torch.from_numpy(values), result)
+    for axis, blocks in graph.axes.items():
+        if axis.name in graph.reading.rescaled:
+            stays = int((~flagged(blocks, gone)).sum())
+            result[axis.name] = result[axis.name] * (axis.size / stays) ** 0.5
     return result
 
 
@@ -71,7 +86,7 @@ class _Capture(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.wanted:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            self.inputs[n.name] = args[0]
+            self.inputs[n.name] = args[1] if op_name(n) == "addmm" else args[0]
         return super().run_node(n)
 
 
@@ -79,48 +94,39 @@ def _blocks(graph: Graph, constant: ConstantColumns, flags: Flags) -> Flags:
     return flagged(graph.axes[constant.axis], flags)
 
 
-def _values(constant: ConstantColumns, x: Tensor, dead: Flags, graph: Graph) -> Tensor:
+def _values(constant: ConstantColumns, x: Tensor, dead: Flags, graph: Graph) -> Any:
     """Return the constant of every dead column, 0 elsewhere."""
     axis = constant.axis
     weight_rank = len(graph.shapes[axis.name])
     dim = -1 if weight_rank == 2 else x.dim() - weight_rank + 1
-    lines = x.movedim(dim, 0).reshape(axis.size, -1)
-    chosen = torch.from_numpy(_blocks(graph, constant, dead) & constant.columns)
-    spread = (lines.amax(1) - lines.amin(1))[chosen]
-    if len(spread) and float(spread.max()) > 1e-12 * (1 + float(lines[chosen].abs().max())):
+    lines = x.movedim(dim, 0).reshape(axis.size, -1).cpu().numpy()
+    chosen = _blocks(graph, constant, dead) & constant.columns
+    spread = (lines.max(axis=1) - lines.min(axis=1))[chosen]
+    if len(spread) and not spread.max() <= 1e-12 * (1 + abs(lines[chosen]).max()):
         raise ValueError(
             f"dead channels read by {axis.name} are not constant after their activation; "
             f"keep their units alive"
         )
-    return torch.where(chosen, lines[:, 0], 0)
+    return np.where(chosen, lines[:, 0], 0.0)
 
 
 def _move(
-    graph: Graph,
-    constant: ConstantColumns,
-    gone: Flags,
-    values: Tensor,
-    tensors: dict[str, Tensor],
+    graph: Graph, constant: ConstantColumns, gone: Flags, values: Tensor, tensors: dict[str, Tensor]
 ) -> None:
     axis = constant.axis
+    weight = tensors[axis.name].movedim(axis.dim, 1)
     removed = torch.from_numpy(_blocks(graph, constant, gone) & constant.columns)
-    lost = torch.where(removed, values, 0)
+    lost = torch.where(removed, values, 0).to(weight)
     if not bool((lost != 0).any()):
         return
-    weight = tensors[axis.name]
-    if constant.foldable:
+    if constant.bias is not None:
         taps = weight.reshape(weight.shape[0], weight.shape[1], -1).sum(2)
-        if axis.groups > 1:
-            pieces = lost.reshape(axis.groups, -1).repeat_interleave(
-                weight.shape[0] // axis.groups, 0
-            )
-            shift = (taps * pieces).sum(1)
-        else:
-            shift = taps @ lost
-        name = bias_name(axis.name)
-        tensors[name] = tensors[name] + shift if name in tensors else shift
+        rows = weight.shape[0] // axis.groups
+        pieces = lost.reshape(axis.groups, -1).repeat_interleave(rows, 0)
+        shift = (taps * pieces).sum(1)
+        tensors[constant.bias] = tensors.get(constant.bias, 0) + shift
         return
-    carriers = torch.where(removed, 0, values)
+    carriers = torch.where(removed, 0, values).to(weight)
     best = int(carriers.abs().argmax())
     if float(carriers[best]) == 0.0:
         raise ValueError(
@@ -129,4 +135,4 @@ def _move(
         )
     weight = weight.clone()
     weight[:, best] += torch.tensordot(weight, lost / carriers[best], dims=([1], [0]))
-    tensors[axis.name] = weight
+    tensors[axis.name] = weight.movedim(1, axis.dim)

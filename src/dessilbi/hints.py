@@ -3,6 +3,8 @@
 
 import math
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -17,6 +19,16 @@ class EntryHint:
         self._pending = True
         self._before: tuple[float, float] | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen so far, as plain values."""
+        return {"pending": self._pending, "before": self._before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was seen before."""
+        before = state["before"]
+        self._pending = bool(state["pending"])
+        self._before = None if before is None else (float(before[0]), float(before[1]))
+
     def look(self, optimizer: Optimizer, time: float, total: float, *, entered: bool) -> None:
         """Look at the path between a twentieth and a tenth of its time."""
         if not self._pending or time < 0.05 * total:
@@ -30,7 +42,7 @@ class EntryHint:
         share = best_share(optimizer)
         start, earlier = self._before
         rate = (share - earlier) / (time - start) if time > start else 0.0
-        lams = {float(member.group["lam"]) for member in dual.members(optimizer)}
+        lams = {member.lam for member in dual.members(optimizer)}
         if entered or share + rate * (total - time) >= 1 or min(lams) == math.inf:
             return
         if share == 0:

@@ -17,7 +17,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dessilbi.storage import DamagedFileError, append_line, from_number, read_lines, to_json
+from dessilbi.storage import (
+    DamagedFileError,
+    append_line,
+    cut_back,
+    from_number,
+    read_lines,
+    to_json,
+)
 from dessilbi.ticket import TensorSpec, pack_bits, unpack_bits
 
 FORMAT = "dessilbi.path"
@@ -237,6 +244,36 @@ class History:
                 f"{file} is not a readable path ({detail}): "
                 f"it is damaged or not ours; restore it from a copy or train again"
             ) from None
+        return history
+
+    def position(self) -> dict[str, int]:
+        """Return how far the file has come: its bytes and the checksum of its last line.
+
+        Raises:
+            ValueError: The history is kept in memory only.
+        """
+        if self.file is None:
+            raise ValueError(
+                "this path is kept in memory only and cannot be continued later: "
+                "give Path a file=..."
+            )
+        return {"bytes": self.file.stat().st_size, "crc": self._chain}
+
+    @classmethod
+    def resume(cls, file: str | FilePath, position: Mapping[str, int]) -> "History":
+        """Cut a file back to an earlier :meth:`position` and go on from there.
+
+        Raises:
+            DamagedFileError: The file does not hold what was written up to there.
+            OSError: The file cannot be written.
+        """
+        size, chain = position["bytes"], position["crc"]
+        content = FilePath(file).read_bytes()[:size] if FilePath(file).exists() else b""
+        if len(content) == size and not content.endswith(b'"crc": %d}\n' % chain):
+            raise DamagedFileError(f"{file} is of another run than the state it is to continue")
+        cut_back(file, size)
+        history = cls.load(file)
+        history.file = FilePath(file)
         return history
 
     def _verify(self, line: dict[str, Any]) -> None:

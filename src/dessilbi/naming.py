@@ -8,6 +8,7 @@ from torch import nn
 _WRAPPER_PARTS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # compile, FSDP1, AC
 )
+_PREFIX = "module."
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -45,6 +46,31 @@ def canonical_names(names: Sequence[str]) -> list[str]:
     ['fc.weight', 'fc.bias']
     """
     plain = [canonical_name(name) for name in names]
-    if plain and all(name.startswith("module.") for name in plain):
-        return [name.removeprefix("module.") for name in plain]
+    if plain and all(name.startswith(_PREFIX) for name in plain):
+        return [name.removeprefix(_PREFIX) for name in plain]
     return plain
+
+
+def bias_name(weight: str) -> str:
+    """Return the name a layer's bias has beside its weight.
+
+    >>> bias_name("features.0.weight")
+    'features.0.bias'
+    """
+    return weight.removesuffix("weight") + "bias"
+
+
+def tensor_names(model: nn.Module) -> dict[str, str]:
+    """Return own name -> canonical name for every parameter and buffer, shared ones included.
+
+    >>> tensor_names(nn.Sequential(nn.BatchNorm1d(2, affine=False)))["0.running_mean"]
+    '0.running_mean'
+    """
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    plain = canonical_names(parameters)
+    is_prefixed = plain != [canonical_name(name) for name in parameters]
+    others = [canonical_name(name) for name in buffers]
+    if is_prefixed:
+        others = [name.removeprefix(_PREFIX) for name in others]
+    return dict(zip([*parameters, *buffers], [*plain, *others], strict=True))

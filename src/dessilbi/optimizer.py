@@ -5,16 +5,19 @@ The class only keeps books: the arithmetic is in ``kernels``, what can be read o
 """
 
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dessilbi import dual
+from dessilbi import dual, fusing
+from dessilbi.carrying import Fusion
 from dessilbi.kernels import foreach_step_, reference_step_
+from dessilbi.kernels.pieces import Options
 from dessilbi.loading import own_loaded_state, with_own_options
-from dessilbi.options import check_group
+from dessilbi.options import check_gradient, check_group
 from dessilbi.sharding import any_nonzero, like, local
 from dessilbi.structure import Structure
 from dessilbi.ticket import Ticket
@@ -53,7 +56,11 @@ class DessiLBI(Optimizer):
         block_scale: "unit": lam_g = lam; "sqrt": lam_g = lam sqrt(|g|).
         maximize: Maximise the objective instead.
         foreach: Use torch's multi-tensor operators; None: where that is faster (not on the CPU).
-        capturable: Not supported; must be False.
+        fused: Use a kernel that does the step in one pass over memory. True builds it at once if it
+            is not there (a C++ compiler, some seconds, once per machine and release; a warning
+            where that fails); None uses it where it is built and ``foreach`` is None; False: never.
+        capturable: Allowed with ``fused`` only, whose step can be captured into a CUDA graph after
+            one ordinary step; give lr as a tensor to change it between replays.
         differentiable: Not supported; must be False.
 
     State per parameter: ``v`` (float32 or wider whatever the weights are; structured ones only) and
@@ -90,15 +97,17 @@ class DessiLBI(Optimizer):
         block_scale: str = "unit",
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        for name, asked in (("capturable", capturable), ("differentiable", differentiable)):
-            if asked:
-                raise ValueError(
-                    f"{name}=True is not supported: leave it False (a tensor lr is allowed and is "
-                    f"not read by the step)"
-                )
+        if differentiable:
+            raise ValueError("differentiable=True is not supported: leave it False")
+        if capturable and not fused:
+            raise ValueError(
+                "capturable=True needs fused=True, whose step on CUDA fits into a captured graph: "
+                "set both or neither (a tensor lr is allowed, and is not read by any step)"
+            )
         defaults = {
             "lr": lr,
             "kappa": kappa,
@@ -113,8 +122,10 @@ class DessiLBI(Optimizer):
             "block_scale": block_scale,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
         }
         self._placeholders: set[Tensor] = set()
+        self._fusion = _fusion()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,6 +141,8 @@ class DessiLBI(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        if self.param_groups[-1]["fused"]:
+            fusing.prepare()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in options that older checkpoints do not have."""
@@ -139,6 +152,7 @@ class DessiLBI(Optimizer):
                 if name != "differentiable":  # torch's own addition to the defaults
                     group.setdefault(name, default)
         self._placeholders = state.get("_placeholders", set())
+        self._fusion = _fusion()
 
     def __getstate__(self) -> dict[str, Any]:
         """Carry the marks of placeholder buffers through deepcopy and pickle."""
@@ -168,21 +182,44 @@ class DessiLBI(Optimizer):
         if is_phantom_step(self):
             self._create_state()
             return loss
-        found = [
-            m for m in dual.members(self) if m.param.grad is not None or m.group["unit"] is not None
-        ]
-        for group in self.param_groups:
-            _check_gradients(group)  # all of them, before anything moves
-        shrinks = dual.shrinks_of(self, found)
-        for group in self.param_groups:
-            self._step_group(group, shrinks)
+        fused: AbstractSet[Tensor] = frozenset()
+        if not torch.compiler.is_compiling():  # a compiler fuses by itself
+            fused = self._fusion.ready(self, [_options(group) for group in self.param_groups])
+        self._step_all_but(fused)
+        if fused and self._fusion.run(*_scaling(self)):
+            self._placeholders -= fused
         return loss
 
-    def _step_group(self, group: dict[str, Any], shrinks: dict[Tensor, dual.Shrink]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler may leave unscaling, and skipping a step, to :meth:`step`."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        kernels = self._fusion.choice(self).kernels
+        return all(p in kernels and kernels[p].name == "fused-cuda" for p in params)
+
+    def _step_all_but(self, fused: AbstractSet[Tensor]) -> None:
+        """Step what is not fused, with torch's own operators."""
+        rest = [p for group in self.param_groups for p in group["params"] if p not in fused]
+        if all(p.grad is None for p in rest):
             return
+        for param in rest:
+            check_gradient(param)  # all of them, before anything moves
+        if (found_inf := _scaling(self)[0]) is not None and found_inf.item():
+            return
+        found = [m for m in dual.members(self) if m.param not in fused]
+        found = [m for m in found if m.param.grad is not None or m.group["unit"] is not None]
+        shrinks = dual.shrinks_of(self, found)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None and p not in fused]
+            if params:
+                self._step_group(group, params, shrinks)
+
+    def _step_group(
+        self, group: dict[str, Any], params: list[Tensor], shrinks: dict[Tensor, dual.Shrink]
+    ) -> None:
         grads = [p.grad for p in params if p.grad is not None]
+        if (scale := _scaling(self)[1]) is not None:
+            grads = [grad / scale.to(grad.device) for grad in grads]
         states = [self.state[p] for p in params]
         structured = group["structure"] is not None
         # From here on every rank works on its own part of what is sharded.
@@ -227,6 +264,16 @@ class DessiLBI(Optimizer):
         v: Tensor = state[dual.STATE_KEY]
         return v
 
+    def _buffer_of(self, param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, bool]:
+        """Momentum of a parameter, made on its first step, and whether it holds nothing yet."""
+        if group["momentum"] == 0:
+            return None, False
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+            self._placeholders.add(param)
+        return state["momentum_buffer"], param in self._placeholders
+
     def _create_state(self) -> None:
         """Give every parameter its state without a step, for checkpoints that load in place.
 
@@ -239,9 +286,22 @@ class DessiLBI(Optimizer):
                     continue
                 if group["structure"] is not None:
                     self._v_of(param)
-                if group["momentum"] != 0 and "momentum_buffer" not in self.state[param]:
-                    self.state[param]["momentum_buffer"] = torch.zeros_like(param)
-                    self._placeholders.add(param)
+                self._buffer_of(param, group)
+
+    def __repr__(self) -> str:
+        """Groups and options as torch shows them, and the kernel."""
+        return f"{super().__repr__().removesuffix(')')}kernel: {self.kernel}\n)"
+
+    @property
+    def kernel(self) -> str:
+        """What the next step runs on: "fused-cpu", "foreach", "reference", or several with "+"."""
+        fused = self._fusion.choice(self).kernels
+        kernels = {
+            fused[p].name if p in fused else _other_kernel(group, p)
+            for group in self.param_groups
+            for p in group["params"]
+        }
+        return "+".join(sorted(kernels))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; V keeps float32 (or wider) under low-precision weights.
@@ -281,14 +341,36 @@ class DessiLBI(Optimizer):
         return dual.support(self)
 
 
-def _check_gradients(group: dict[str, Any]) -> None:
-    for param in group["params"]:
-        if param.grad is not None and param.grad.is_sparse:
-            raise ValueError(
-                f"the gradient of a parameter of shape {tuple(param.shape)} is sparse: DessiLBI "
-                f"needs dense gradients; give that parameter (an Embedding with sparse=True?) to "
-                f"torch.optim.SparseAdam"
-            )
+def _fusion() -> Fusion:
+    return Fusion(_asks, _kept, (dual.STATE_KEY, "momentum_buffer"))
+
+
+def _asks(group: dict[str, Any]) -> bool | None:
+    fused: bool | None = group.get("fused")
+    return False if fused is None and group["foreach"] is not None else fused
+
+
+def _kept(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What a plan of the fused step is made for; other options may change from step to step."""
+    names = ("structure", "unit", "block_scale", "foreach", "fused")
+    return (*[group.get(name) for name in names], group["momentum"] != 0)
+
+
+def _options(group: dict[str, Any]) -> Options:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = float(lr)  # there to be read; a tensor on an accelerator is not
+    names = ("kappa", "nu", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    return Options(lr, *[group[name] for name in names])
+
+
+def _scaling(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
+    """found_inf and grad_scale, which GradScaler leaves on the optimizer for the time of a step."""
+    return getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+
+
+def _other_kernel(group: dict[str, Any], param: Tensor) -> str:
+    return "foreach" if _use_foreach(group["foreach"], [param]) else "reference"
 
 
 def _use_foreach(foreach: bool | None, params: list[Tensor]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dessilbi.sharding import check_placements
+from dessilbi.sharding import check_placements, is_sharded
 from dessilbi.structure import resolve
 
 BLOCK_SCALES = ("unit", "sqrt")
@@ -35,6 +35,37 @@ def check_group(group: dict[str, Any]) -> None:
         )
     check_coupling(group)
     check_structure(group)
+    _check_fused(group)
+
+
+def _check_fused(group: dict[str, Any]) -> None:
+    if not group["fused"]:
+        return
+    if group["foreach"]:
+        raise ValueError(
+            "fused=True and foreach=True are not allowed together: leave one of them out"
+        )
+    for param in group["params"]:
+        if not param.is_floating_point() or param.device.type != "cpu" or is_sharded(param):
+            kind = "sharded" if is_sharded(param) else f"{param.dtype} on {param.device}"
+            raise ValueError(
+                f"fused=True is not allowed for a parameter of shape {tuple(param.shape)} that is "
+                f"{kind}: it needs real floating point weights on the CPU; leave fused out"
+            )
+
+
+def check_gradient(param: Tensor) -> None:
+    """Refuse a sparse gradient.
+
+    Raises:
+        ValueError: The parameter's gradient is sparse.
+    """
+    if param.grad is not None and param.grad.is_sparse:
+        raise ValueError(
+            f"the gradient of a parameter of shape {tuple(param.shape)} is sparse: DessiLBI "
+            f"needs dense gradients; give that parameter (an Embedding with sparse=True?) to "
+            f"torch.optim.SparseAdam"
+        )
 
 
 def check_coupling(group: dict[str, Any]) -> None:

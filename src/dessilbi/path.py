@@ -11,10 +11,13 @@ from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dessilbi import dual
+from dessilbi.choosing import QUANTITIES, Family
+from dessilbi.forecast import entry_times
+from dessilbi.graph.program import ExampleInputs
 from dessilbi.hints import EntryHint
 from dessilbi.history import NEVER, History, Point
 from dessilbi.optimizer import is_phantom_step
@@ -39,9 +42,15 @@ class Path:
         total_time: Path time of the whole run (the sum of lr over all its steps), if known. With
             it, or with ``total_steps``, a run in which no block can enter is warned about early.
         file: Append every point to this file (it must not exist), safe against crashes.
+        after: The path of a run that this one continues with other shapes, after ``compact``:
+            steps and path time go on from there; first entries count from here.
+        resume: What :meth:`state_dict` returned when the weights and the optimizer were saved:
+            what ``file`` holds up to there is kept and continued, what came later is dropped.
+            Without a file only the clock goes on.
 
     Raises:
-        ValueError: The optimizer has no structured group or no names, or a number is not > 0.
+        ValueError: The optimizer has no structured group or no names, a number is not > 0, or the
+            file does not hold the path that ``resume`` is to continue.
         OSError: The file exists or cannot be written.
 
     >>> from dessilbi import DessiLBI
@@ -59,6 +68,8 @@ class Path:
     0.33
     """
 
+    knows_shapes = True  # so it cannot go on with a compacted model; see ``after``
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -67,6 +78,8 @@ class Path:
         total_steps: int | None = None,
         total_time: float | None = None,
         file: str | FilePath | None = None,
+        after: "Path | None" = None,
+        resume: Mapping[str, Any] | None = None,
     ):
         found = dual.named_members(optimizer)
         for name, value in (("every", every), ("total_steps", total_steps)):
@@ -74,18 +87,24 @@ class Path:
                 raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number >= 1")
         if total_time is not None and not 0 < total_time < math.inf:
             raise ValueError(f"total_time={total_time!r} is not allowed: it must be > 0, finite")
-        self._history = History(
-            {m.name: m.spec for m in found},
-            {m.name: m.group.get("unit") for m in found},
-            file,
-        )
+        specs = {m.name: m.spec for m in found}
+        if resume is None or file is None:
+            self._history = History(specs, {m.name: m.group.get("unit") for m in found}, file)
+        else:
+            self._history = History.resume(file, resume["file"])
+            if self._history.specs != specs:
+                raise ValueError(f"{file} is the path of other tensors than this optimizer's")
         self._scores: Scores | None = None
-        self.step = 0
-        self.time = 0.0
+        self.step: int = 0 if after is None else after.step
+        self.time: float = 0.0 if after is None else after.time
         self._total_steps, self._total_time = total_steps, total_time
         self._interval = every or (max(1, total_steps // NUM_POINTS) if total_steps else 1)
         self._adaptive = every is None and total_steps is None
         self._hint = EntryHint()
+        if resume is not None:
+            self.step, self.time = int(resume["step"]), float(resume["time"])
+            self._interval = int(resume["interval"])
+            self._hint.load_state_dict(resume["hint"])
         self._closed = False
         self._optimizer: Optimizer | None = optimizer
         self._handle = optimizer.register_step_post_hook(self._after_step)
@@ -113,6 +132,22 @@ class Path:
         last = path.points[-1] if path.points else Point(0, 0.0, 0.0)
         path.step, path.time = last.step, last.time
         return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where this path stands, as plain JSON values, for ``Path(..., resume=...)``.
+
+        Save it together with the weights and the optimizer, after the step.
+
+        Raises:
+            ValueError: The path has no file.
+        """
+        return {
+            "step": self.step,
+            "time": self.time,
+            "interval": self._interval,
+            "hint": self._hint.state_dict(),
+            "file": self._history.position(),
+        }
 
     @property
     def points(self) -> list[Point]:
@@ -192,6 +227,19 @@ class Path:
         """Return the step of the point at which each block was first seen in Gamma; -1: never."""
         return {name: entry.clone() for name, entry in self._history.entries.items()}
 
+    def predict(self) -> dict[str, Tensor]:
+        """Return the path time at which each block entered or is expected to; inf: never.
+
+        For blocks that have entered it is the time of the point at which they were first seen in
+        Gamma. Compare with the path time of the whole run: what comes later will not enter.
+
+        Raises:
+            ValueError: This path watches no optimizer.
+        """
+        steps, times = self._history.steps(), [point.time for point in self.points]
+        past = ([0, *steps], [0.0, *times, self.time])
+        return entry_times(self._watched(), time=self.time, entered=self.entry(), past=past)
+
     def support(self, *, step: int) -> Ticket:
         """Return supp(Gamma) at the last point up to ``step`` (or the first that is kept).
 
@@ -218,32 +266,57 @@ class Path:
         *,
         density: float | None = None,
         step: int | None = None,
+        params: float | None = None,
+        macs: float | None = None,
+        bytes: float | None = None,  # noqa: A002  # the word people say
         order: Order = "dual",
+        model: nn.Module | None = None,
+        example_inputs: ExampleInputs | None = None,
     ) -> Ticket:
-        """Return one member of the family: by ``density``, or what had entered by ``step``.
+        """Return one member of the family: by a budget, or what had entered by ``step``.
 
         Args:
             density: Wanted share of kept elements, in (0, 1]; met from below to within one block.
                 Tickets of one order are nested. Every layer keeps its best block and at least
                 5 % of ``density``, as far as whole blocks allow.
             step: Keep the blocks whose first entry is at most this step.
-            order: How blocks are ranked for ``density``: "dual" by ||V||/lam, "weight" by ||W|| of
-                the coupled net, "entry" by first entry with ||V||/lam as tie-break.
+            params: The largest ticket whose compacted model has at most so many parameters: a
+                share of the dense model's if at most 1, an absolute number if above.
+            macs: Likewise for the multiply-accumulates of one sample.
+            bytes: Likewise for the bytes of parameters and buffers.
+            order: How blocks are ranked: "dual" by ||V||/lam, "weight" by ||W|| of the coupled
+                net, "entry" by first entry with ||V||/lam as tie-break.
+            model: With it (and ``example_inputs``) the ticket comes closed, ready for ``compact``,
+                and ``density`` is that of the closed ticket. Every budget but density needs it.
+            example_inputs: A tensor, a tuple of forward's arguments, or a dict of its keywords.
 
         Returns:
             The ticket.
 
         Raises:
-            ValueError: Not exactly one of density and step is given, a value is out of range, or
-                the path was loaded from a run that never finished and has no scores.
+            ValueError: Not exactly one of density, step, params, macs and bytes is given, a value
+                is out of range, or the path was loaded from a run that never finished.
         """
-        if (density is None) == (step is None):
-            raise ValueError("give exactly one of density and step to path.ticket")
+        limits = (density, params, macs, bytes)
+        given = {q: limit for q, limit in zip(QUANTITIES, limits, strict=True) if limit is not None}
+        if len(given) + (step is not None) != 1:
+            raise ValueError(
+                "give exactly one of density, step, params, macs and bytes to path.ticket"
+            )
+        if (model is None) != (example_inputs is None):
+            raise ValueError("give model and example_inputs together to path.ticket, or neither")
         if step is not None:
             self._check_begun(step)
             masks = {n: (e != NEVER) & (e <= step) for n, e in self._history.entries.items()}
             return Ticket(masks, self._history.specs, {"kind": "entered", "step": step})
-        assert density is not None
+        if model is not None and example_inputs is not None:
+            family = self.family(model, example_inputs=example_inputs, order=order)
+            ((quantity, limit),) = given.items()
+            return family.choose(quantity, limit).ticket
+        if density is None:
+            raise ValueError(
+                f"a ticket by {next(iter(given))} needs the model: give model= and example_inputs="
+            )
         origin = {"kind": "density", "order": order, "density": density, "step": self.step}
         return self.ranking(order).ticket(density, origin)
 
@@ -253,6 +326,32 @@ class Path:
         Raises:
             ValueError: The order is unknown, or the path has no scores.
         """
+        return rank(self._keys(order), self._history.specs, self._history.units)
+
+    def family(
+        self, model: nn.Module, *, example_inputs: ExampleInputs, order: Order = "dual"
+    ) -> Family:
+        """Return the closed, compactable tickets of an order with what they cost.
+
+        Args:
+            model: The model of this run; it is not changed.
+            example_inputs: A tensor, a tuple of forward's arguments, or a dict of its keywords.
+            order: See :meth:`ticket`.
+
+        Raises:
+            ValueError: As :meth:`ranking`, or the model is another or cannot be read.
+        """
+        return Family(
+            self._keys(order),
+            self._history.specs,
+            self._history.units,
+            model=model,
+            example_inputs=example_inputs,
+            origin={"kind": "budget", "order": order, "step": self.step},
+        )
+
+    def _keys(self, order: Order) -> list[Mapping[str, Tensor]]:
+        """Scores of an order, the deciding one first."""
         if order not in ORDERS:
             raise ValueError(f"order={order!r} is not known: use one of {', '.join(ORDERS)}")
         scores = self.scores()
@@ -261,7 +360,7 @@ class Path:
             never = torch.iinfo(torch.int64).max
             entries = self._history.entries.items()
             keys.insert(0, {n: -e.masked_fill(e == NEVER, never) for n, e in entries})
-        return rank(keys, self._history.specs, self._history.units)
+        return keys
 
     def scores(self) -> Scores:
         """Return {"dual": ||V||/lam, "weight": ||W||} per block, by name; over units jointly.

@@ -3,20 +3,22 @@
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dessilbi.graph.program import ExampleInputs, as_arguments, evaluating
 from dessilbi.graph.reader import flatten
+from dessilbi.inputs import Arguments, describe, draw
+from dessilbi.rewriting import wide_literals
 from dessilbi.ticket import Ticket
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,11 @@ class Proof:
     ``relative_diff`` is the certificate: max |difference| of the outputs in float64 over all
     probes, divided by how much the output itself varies over them. ``max_abs_diff`` is the same in
     the model's own type, not divided. ``form`` is ``"module"`` (the class is kept) or
-    ``"program"`` (the exported operations, for inference).
+    ``"program"`` (the exported operations, for inference). ``sparse_bytes`` is what the smaller
+    model takes where every tensor is stored in its smallest form, see :func:`sparse_bytes`; it is
+    below ``bytes_after`` where single elements are dead inside living rows. ``kept_zero`` counts
+    dead units that a layer needs, ``rounded`` those that stay so that a width is a multiple. MACs
+    are those of one forward pass with the example inputs; a latency is median and spread.
     """
 
     params_before: int
@@ -43,7 +49,9 @@ class Proof:
     revived: Mapping[str, int]
     kept_zero: Mapping[str, int]
     form: str
+    sparse_bytes: int
     notes: tuple[str, ...] = ()
+    rounded: Mapping[str, int] = field(default_factory=dict)
     latency_ms_before: tuple[float, float] | None = None
     latency_ms_after: tuple[float, float] | None = None
 
@@ -60,35 +68,57 @@ class Proof:
             ]
             rows.append(("latency ms", *told))  # type: ignore[arg-type]
         lines = [f"{name:<12}{before:>18}{after:>18}" for name, before, after in rows]
+        if self.sparse_bytes < self.bytes_after:
+            lines.append(f"{'sparse bytes':<12}{'':>18}{self.sparse_bytes:>18,}")
         lines.append(f"max |difference| {self.max_abs_diff:.3g} on {self.probes} probes")
         lines.append(f"relative, float64 {self.relative_diff:.3g}")
         lines.append(f"removed {self.removed} of {self.dead} dead units, form: {self.form}")
-        for label, found in (("revived", self.revived), ("kept as zeros", self.kept_zero)):
+        for label, found in (
+            ("revived", self.revived),
+            ("kept as zeros", self.kept_zero),
+            ("kept as zeros to round a width up", self.rounded),
+        ):
             lines += [f"{label}: {count} of {name}" for name, count in found.items()]
         return "\n".join([*lines, *self.notes])
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; latencies as ``..._ms_...`` and ``..._spread_...``."""
+        told = asdict(self) | {"notes": list(self.notes)}
+        for when in ("before", "after"):
+            found = told.pop(f"latency_ms_{when}")
+            told[f"latency_ms_{when}"], told[f"latency_spread_ms_{when}"] = found or (None, None)
+        return told
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or infinite weights or statistics.
+
+    Raises:
+        ValueError: It has some; the tensor is named.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        is_mask = not isinstance(tensor, nn.Parameter) and not bool(tensor.isnan().any())
+        if not is_mask and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} has values that are not finite: restore a sound checkpoint")
+
 
 def probes_of(example_inputs: ExampleInputs, count: int = 2) -> list[Arguments]:
-    """Return the example inputs and ``count`` others of the same kind."""
+    """Return the example inputs and ``count`` others of the same kind, on the same devices."""
     args, kwargs = as_arguments(example_inputs)
-    generator = torch.Generator().manual_seed(0)
 
-    def other(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.numel():
-            return value
-        if value.is_floating_point():
-            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            spread = float(value.double().std()) if value.numel() > 1 else 1.0
-            scale = spread if spread > 0 else 1.0
-            return (noise * scale + float(value.double().mean())).to(value)
-        order = torch.randperm(value.numel(), generator=generator).to(value.device)
-        return value.reshape(-1)[order].reshape(value.shape)
+    def beside(value: Any, example: Any) -> Any:
+        return value.to(example.device) if isinstance(value, Tensor) else value
 
-    more = [
-        (tuple(other(x) for x in args), {k: other(x) for k, x in kwargs.items()})
-        for _ in range(count)
+    others = [
+        (
+            tuple(beside(x, e) for x, e in zip(drawn[0], args, strict=True)),
+            {name: beside(x, kwargs[name]) for name, x in drawn[1].items()},
+        )
+        for drawn in draw(describe(example_inputs), count)
     ]
-    return [(args, kwargs), *more]
+    return [(args, kwargs), *others]
 
 
 def wide(arguments: Arguments, factor: float = 1.0) -> Arguments:
@@ -105,10 +135,11 @@ def wide(arguments: Arguments, factor: float = 1.0) -> Arguments:
 def outputs(model: nn.Module, probes: Sequence[Arguments]) -> list[list[Tensor]]:
     """Return every tensor the model returns, per probe, in eval mode."""
     with evaluating(model), torch.no_grad():
-        return [_tensors(model(*args, **kwargs)) for args, kwargs in probes]
+        return [floating(model(*args, **kwargs)) for args, kwargs in probes]
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def floating(value: Any) -> list[Tensor]:
+    """Return the floating tensors in an answer of a model, in order."""
     if hasattr(value, "__dataclass_fields__"):
         value = [getattr(value, name) for name in value.__dataclass_fields__]
     return [x for x in flatten(value) if isinstance(x, Tensor) and x.is_floating_point()]
@@ -121,27 +152,49 @@ def variation(found: Sequence[Sequence[Tensor]]) -> float:
     return max((float(gap) for gap in gaps), default=0.0)
 
 
+def magnitude(found: Sequence[Sequence[Tensor]]) -> float:
+    """Return max |output|."""
+    return max((float(x.abs().max()) for some in found for x in some if x.numel()), default=0.0)
+
+
+def tells(spread: float, size: float) -> bool:
+    """Return whether outputs that vary by ``spread`` and are up to ``size`` can show a mistake."""
+    return spread > 1e-4 * size
+
+
+def relative(gap: float, spread: float, size: float) -> float:
+    """Return a difference relative to variation (to size, where variation is near rounding)."""
+    if size == 0:
+        return gap
+    return gap / (spread if tells(spread, size) else 1e3 * size)
+
+
 @dataclass(frozen=True)
 class Reference:
-    """A float64 model, probes, its outputs, and how much these vary against their size."""
+    """A float64 model, probes, its outputs, and how much these vary against their size.
+
+    ``factor`` is what the probes' values were multiplied by; ``runner`` computes the outputs where
+    the model itself cannot in float64.
+    """
 
     model: nn.Module
+    runner: nn.Module | None
     probes: list[Arguments]
     expected: list[list[Tensor]]
     variation: float
     size: float
+    factor: float
 
     @property
     def tells(self) -> bool:
         """Whether rounding is far smaller than what the input does to the output."""
-        return self.variation > 1e-4 * self.size
+        return tells(self.variation, self.size)
 
     def certify(self, candidate: nn.Module) -> float:
         """Return the largest difference, relative to variation (to size where that is rounding)."""
-        gap = difference(self.expected, outputs(candidate, self.probes))
-        if self.size == 0:
-            return gap
-        return gap / (self.variation if self.tells else 1e3 * self.size)
+        with wide_literals():
+            gap = difference(self.expected, outputs(candidate, self.probes))
+        return relative(gap, self.variation, self.size)
 
 
 def find_references(
@@ -164,20 +217,37 @@ def find_references(
     calibrated = _reference(_calibrate(awake, wide(probes[0])), probes)
     if calibrated.tells:
         return [plain, calibrated]
-    raise ValueError(
-        "the output of the masked model does not depend on the input, so nothing can be "
-        "certified: a layer without a bypass is wholly dead; choose a denser ticket"
-    )
+    raise ValueError(_SILENT)
 
 
-def _reference(model: nn.Module, probes: Sequence[Arguments]) -> Reference:
+_SILENT = (
+    "the output of the masked model does not depend on the input, so nothing can be "
+    "certified: a layer without a bypass is wholly dead; choose a denser ticket"
+)
+
+
+def find_reference(model: nn.Module, example_inputs: ExampleInputs, runner: nn.Module) -> Reference:
+    """Return what ``runner`` computes in float64 in the place of ``model``.
+
+    Raises:
+        ValueError: The output does not depend on the input.
+    """
+    found = _reference(model, probes_of(example_inputs), runner)
+    if not found.tells:
+        raise ValueError(_SILENT)
+    return found
+
+
+def _reference(
+    model: nn.Module, probes: Sequence[Arguments], runner: nn.Module | None = None
+) -> Reference:
     """Return the reference of the first of several input scales that tells, or the best one."""
     best = None
     for factor in (1.0, 1e2, 1e4):
         wider = [wide(probe, factor) for probe in probes]
-        found = outputs(model, wider)
-        size = max((float(x.abs().max()) for some in found for x in some if x.numel()), default=0.0)
-        new = Reference(model, wider, found, variation(found), size)
+        with wide_literals():
+            found = outputs(runner or model, wider)
+        new = Reference(model, runner, wider, found, variation(found), magnitude(found), factor)
         if best is None or new.variation * best.size > best.variation * new.size:
             best = new
         if best.tells:
@@ -231,16 +301,56 @@ def difference(one: Sequence[Sequence[Tensor]], two: Sequence[Sequence[Tensor]])
     return worst
 
 
+def sparse_bytes(tensors: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> int:
+    """Return the bytes of ``tensors``, each in the smallest of three forms.
+
+    The forms are dense; one bit per element and the living values; and CSR with int32 indices
+    (a row per index of dimension 0).
+
+    Args:
+        tensors: Parameters and buffers by name.
+        alive: Boolean masks for some of them; what is not 0 counts as alive in any case.
+
+    >>> mask = torch.zeros(10, 64, dtype=torch.bool)
+    >>> mask[0, :3] = True
+    >>> sparse_bytes({"w": torch.ones(10, 64) * mask}, {"w": mask})  # dense 2560, bits 92, CSR 68
+    68
+    """
+    total = 0
+    for name, tensor in tensors.items():
+        count, width = tensor.numel(), tensor.element_size()
+        forms = [count * width]
+        if name in alive and tensor.dim():
+            living = int((alive[name].to(tensor.device) | (tensor != 0)).sum())
+            forms += [
+                (count + 7) // 8 + living * width,
+                4 * (tensor.shape[0] + 1) + living * (4 + width),
+            ]
+        total += min(forms)
+    return total
+
+
 def count_macs(model: nn.Module, arguments: Arguments) -> int:
     """Return multiply-accumulates of one forward pass with these inputs."""
-    args, kwargs = arguments
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:  # shapes suffice
+        with fake:
+            return _count(model, pytree.tree_map_only(Tensor, fake.from_tensor, arguments))
+    except Exception:  # forward looks at values
+        return _count(model, arguments)
+
+
+def _count(model: nn.Module, arguments: Arguments) -> int:
     counter = FlopCounterMode(display=False)
+    args, kwargs = arguments
     with torch.no_grad(), counter:
         model(*args, **kwargs)
     return counter.get_total_flops() // 2
 
 
-def measure_latency(model: nn.Module, arguments: Arguments, repeats: int) -> tuple[float, float]:
+def measure_latency(
+    model: Callable[..., Any], arguments: Arguments, repeats: int
+) -> tuple[float, float]:
     """Return median and spread (half the range of the middle half) in milliseconds."""
     args, kwargs = arguments
     times = []

@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run: the folder between training and everything after it, plain files only (no torch here)."""
 
+import errno
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any
+from typing import IO, Any
 
-from dessilbi.storage import read_json, write_json
+from dessilbi.storage import draft_folder, read_json, sync_folder, write_atomic, write_json
 
 SCHEMA_VERSION = 1
 
 
 class TrainingError(RuntimeError):
     """A run cannot go on; what it wrote so far stays."""
+
+
+class BusyError(OSError):
+    """Another process is at work in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,26 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
+    def times(self) -> FilePath:
+        """One line per epoch: where its seconds went (JSON lines)."""
+        return self.folder / "times.jsonl"
+
+    @property
+    def checkpoints(self) -> FilePath:
+        """Folder of what a run needs to go on."""
+        return self.folder / "checkpoints"
+
+    @property
+    def tensorboard(self) -> FilePath:
+        """Folder of TensorBoard's event files, where they were asked for."""
+        return self.folder / "tensorboard"
+
+    @property
+    def lock(self) -> FilePath:
+        """Held by the process that writes to the run."""
+        return self.folder / ".lock"
+
+    @property
     def path(self) -> FilePath:
         """The recorded path (JSON lines)."""
         return self.folder / "path.jsonl"
@@ -69,6 +98,11 @@ class Run:
         return self.folder / "tickets"
 
     @property
+    def compacted(self) -> FilePath:
+        """Folder of the smaller models made from this run."""
+        return self.folder / "compact"
+
+    @property
     def family(self) -> FilePath:
         """Accuracies of tickets of several densities (JSON), where they were judged."""
         return self.folder / "family.json"
@@ -80,7 +114,7 @@ class Run:
 
     def set_status(self, status: str, **facts: Any) -> None:
         """Record "running", "finished", "interrupted" or "failed" with further facts."""
-        write_json(self.status, {"schema": SCHEMA_VERSION, "status": status, **facts})
+        write_json(self.status, status_of(status, **facts))
 
     def read_status(self) -> dict[str, Any]:
         """Return what :meth:`set_status` wrote last.
@@ -106,20 +140,109 @@ class Run:
         return read_json(self.recipe)
 
 
-def create_run(folder: str | FilePath) -> Run:
-    """Create an empty run folder.
+def status_of(status: str, **facts: Any) -> dict[str, Any]:
+    """Return the content of a status file."""
+    return {"schema": SCHEMA_VERSION, "status": status, **facts}
+
+
+def create_run(
+    folder: str | FilePath, files: Mapping[str, bytes] | None = None, *, or_next: bool = False
+) -> Run:
+    """Create a run folder that appears with all of ``files`` in it, or not at all.
+
+    Args:
+        folder: The run folder; an empty one may be there already.
+        files: name -> content.
+        or_next: Take the next free name (-2, -3, ...) where ``folder`` is taken.
 
     Raises:
         FileExistsError: The folder has files in it: a run is never overwritten.
         OSError: The folder cannot be made.
     """
-    run = Run(FilePath(folder))
-    if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+    folder = FilePath(folder)
+    if or_next:
+        folder = free_path(folder.parent, folder.name)
+    _refuse(folder, taken=_is_taken(folder))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(folder)) from None
+    draft = draft_folder(folder)
+    try:
+        for name, content in (files or {}).items():
+            write_atomic(draft / name, content)
+        while not _put_in_place(draft, folder):
+            _refuse(folder, taken=not or_next)
+            folder = free_path(folder.parent, folder.name)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+    return Run(folder)
+
+
+def _refuse(folder: FilePath, *, taken: bool) -> None:
+    if taken:
         raise FileExistsError(
             f"{folder} exists and is not empty: a run is never overwritten; name another with --out"
         )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    return run
+
+
+def _is_taken(folder: FilePath) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _put_in_place(draft: FilePath, folder: FilePath) -> bool:
+    """Rename a draft to its name, unless something lies there."""
+    if _is_taken(folder):
+        return False
+    with suppress(OSError):  # an empty folder may give way
+        folder.rmdir()
+    try:
+        draft.rename(folder)
+    except OSError:
+        if _is_taken(folder):  # somebody was quicker
+            return False
+        raise
+    return True
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Keep other processes out of a run for the length of a block.
+
+    The system releases the lock when the process ends, however it ends.
+
+    Raises:
+        BusyError: Another process holds the lock.
+        OSError: The folder cannot be written.
+    """
+    with run.lock.open("ab") as file:
+        try:
+            _lock(file)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise
+            raise BusyError(
+                f"{run.folder} is in use by another process: wait until it ends, or stop it"
+            ) from None
+        yield
+
+
+if sys.platform == "win32":
+
+    def _lock(file: IO[bytes]) -> None:
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+else:
+
+    def _lock(file: IO[bytes]) -> None:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def free_path(parent: str | FilePath, name: str, suffix: str = "") -> FilePath:

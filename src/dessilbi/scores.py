@@ -30,7 +30,7 @@ def block_scores(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
         ValueError: No group has a structure, or the parameters have no names.
     """
     found = dual.named_members(optimizer)
-    unbounded = all(math.isinf(member.group["lam"]) for member in found)
+    unbounded = all(math.isinf(member.lam) for member in found)
     scores: dict[str, dict[str, Tensor]] = {"dual": {}, "weight": {}}
     units = dual.units_of(found)
     for unit, norms in zip(units, dual.norms_of(optimizer, units), strict=True):

@@ -41,6 +41,10 @@ class Ranking:
     block_of: Ints
     elements: Ints
 
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.elements)
+
     def ticket(self, density: float, origin: Mapping[str, Any]) -> Ticket:
         """Return the largest ticket whose density is at most ``density``.
 
@@ -59,6 +63,16 @@ class Ranking:
                 f"density={density!r} is less than one block: "
                 f"the smallest ticket of this order has density {smallest:.3g}"
             )
+        return self.prefix(count, origin)
+
+    def prefix(self, count: int, origin: Mapping[str, Any]) -> Ticket:
+        """Return the ticket of the first ``count`` items.
+
+        Raises:
+            ValueError: The count is not from 1 to the number of items.
+        """
+        if not 1 <= count <= len(self):
+            raise ValueError(f"count={count!r} is not allowed: it must be from 1 to {len(self)}")
         flat = {
             name: torch.zeros(spec.num_blocks, dtype=torch.bool)
             for name, spec in self.specs.items()

@@ -5,11 +5,15 @@ Everything the project writes goes through these few functions (no torch here). 
 written beside its place, flushed to the disk and renamed over it; a log is only ever appended to.
 """
 
+import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -39,15 +43,40 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a result is as readable as any other file of the user.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
+        _open_up(Path(temporary), 0o666)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def draft_folder(place: Path) -> Path:
+    """Make a folder beside ``place``, to be filled and then renamed to it.
+
+    Raises:
+        OSError: The folder above is not there or not writable.
+    """
+    try:
+        draft = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+    except OSError as error:  # as above
+        raise type(error)(error.errno, error.strerror, str(place)) from None
+    _open_up(draft, 0o777)
+    return draft
+
+
+def _open_up(path: Path, mode: int) -> None:
+    """Temporary things are private; a result is as readable as any other file of the user."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(mode & ~umask)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to ``path`` survive a power cut, readable as the user's other files."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    _open_up(path, 0o666)
 
 
 def sync_folder(folder: Path) -> None:
@@ -61,9 +90,56 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Make a folder that is there with all of its files or not at all.
+
+    Yields:
+        A folder beside ``path`` to write into; it takes its name when the block ends well.
+
+    Raises:
+        FileExistsError: There is a file of that name, or a folder with files in it.
+        OSError: The disk is full or not writable; nothing is left behind.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise FileExistsError(
+            f"{path} exists and is not an empty folder: nothing is ever overwritten; name another"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = draft_folder(path)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            sync_file(file)
+        sync_folder(temporary)
+        if path.exists():
+            path.rmdir()
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the checksum of a file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` as indented strict JSON (atomically); see :func:`to_json`."""
-    write_atomic(path, (to_json(value, indent=2) + "\n").encode())
+    write_atomic(path, as_json(value))
+
+
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """Return the content of a file of indented strict JSON."""
+    return (to_json(value, indent=2) + "\n").encode()
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -121,6 +197,45 @@ def append_line(path: str | Path, value: Mapping[str, Any]) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def length_of(path: str | Path) -> dict[str, int]:
+    """Return how far a log has come, its bytes and their checksum, for :func:`cut_back`."""
+    content = Path(path).read_bytes() if Path(path).exists() else b""
+    return {"bytes": len(content), "crc": zlib.crc32(content)}
+
+
+def cut_back(path: str | Path, size: int, crc: int | None = None) -> None:
+    """Keep the first ``size`` bytes of a log and drop what was written after them, atomically.
+
+    Args:
+        path: The log.
+        size: Bytes to keep.
+        crc: Their CRC-32, if known.
+
+    Raises:
+        DamagedFileError: The file is shorter than that or begins otherwise.
+        OSError: The file cannot be written; it is as before.
+    """
+    path = Path(path)
+    content = path.read_bytes() if path.exists() else b""
+    if len(content) < size or crc not in (None, zlib.crc32(content[:size])):
+        raise DamagedFileError(
+            f"{path} no longer holds the {size} bytes that were written to it: "
+            f"restore it from a copy or train again"
+        )
+    if len(content) > size:
+        write_atomic(path, content[:size])
+
+
+def sweep(folder: Path, names: Iterable[str]) -> None:
+    """Remove what killed processes left of half-written files with these names.
+
+    Only for a folder that nobody else writes to.
+    """
+    for name in names:
+        for leftover in folder.glob(f".{name}.????????"):
+            leftover.unlink(missing_ok=True)
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:

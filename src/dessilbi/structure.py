@@ -102,6 +102,22 @@ def _from_alias(alias: str, shape: tuple[int, ...], name: str) -> Block:
     return tuple(1 if dim in ones else None for dim in range(rank))
 
 
+def alias_of(block: Block) -> Structure:
+    """Return the alias that means ``block`` where rows or columns are cut, else ``block`` itself.
+
+    >>> alias_of((1, None, None, None)), alias_of((64, None)), alias_of((4, 4))
+    ('filter', 'head:64', (4, 4))
+    """
+    cut = [(dim, length) for dim, length in enumerate(block) if length is not None]
+    if len(block) >= 2 and len(cut) == 1:
+        (dim, length) = cut[0]
+        if length == 1 and dim < 2:
+            return "channel" if dim else "neuron" if len(block) == 2 else "filter"
+        if dim == 0 and len(block) == 2:
+            return f"head:{length}"
+    return block
+
+
 def grid_shape(block: Block, shape: Sequence[int]) -> tuple[int, ...]:
     """Return how many blocks lie along each dimension.
 
@@ -238,8 +254,8 @@ def shrink(x: Tensor, block: Block, lam: float) -> Tensor:
     return x * expand(shrink_scale(block_norms(x, block), lam), block, x.shape)
 
 
-def shrink_scale(norms: Tensor, lam: float) -> Tensor:
-    """Return max(0, 1 - lam / norm), positive exactly where norm > lam.
+def shrink_scale(norms: Tensor, lam: float | Tensor) -> Tensor:
+    """Return max(0, 1 - lam / norm), positive exactly where norm > lam (one for all or per block).
 
     Written as (norm - lam) / norm: the difference of two close floats is exact, so the factor never
     rounds to 0 for a block above the threshold.

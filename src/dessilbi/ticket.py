@@ -4,7 +4,6 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dessilbi.enforcing import Enforcement
 from dessilbi.naming import canonical_names, unwrap
 from dessilbi.sharding import local, local_part
 from dessilbi.storage import to_json, write_atomic
@@ -208,12 +208,15 @@ class Ticket(Mapping[str, Tensor]):
                 )
         return parameters
 
-    def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> "Enforcement":
+    def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Enforcement:
         """Keep dead blocks dead while ``optimizer`` trains ``model``.
 
         Dead is more than a zero weight: weights, gradients and all optimizer state shaped like the
         parameter (momentum, moments, the dual variable v) are zeroed at dead positions, now and
-        around every step. Works with any torch optimizer.
+        around every step. Works with any torch optimizer. Gradients are masked as soon as they
+        are accumulated, so clipping by norm sees living entries only, and under block_scale
+        "sqrt" the threshold counts living entries only. A handle belongs to the optimizer object:
+        after loading a checkpoint into a new one, enforce again.
 
         Args:
             model: The model; its weights are masked at once.
@@ -333,59 +336,3 @@ def unpack_bits(packed: np.ndarray[Any, Any], shape: Sequence[int]) -> Tensor:
         raise ValueError(f"a mask of {packed.size} bytes cannot hold {count} blocks")
     bits = np.unpackbits(packed, count=count).astype(np.bool_)
     return torch.from_numpy(bits).reshape(tuple(shape))
-
-
-class Enforcement:
-    """Handle of :meth:`Ticket.enforce`; call :meth:`remove` to stop."""
-
-    def __init__(self, masks: Mapping[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer):
-        self._dead = {
-            param: ~local_part(mask, param).to(local(param).device) for param, mask in masks.items()
-        }
-        self._optimizer = optimizer
-        trained = {param for group in optimizer.param_groups for param in group["params"]}
-        if self._dead and trained.isdisjoint(self._dead):
-            raise ValueError(
-                "this optimizer trains none of the ticket's tensors: pass the one that trains "
-                "this model"
-            )
-        self._handles: list[Any] = [
-            optimizer.register_step_pre_hook(lambda *_: self._zero_gradients()),
-            optimizer.register_step_post_hook(lambda *_: self._zero_all()),
-        ]
-        # Masked as soon as they are there, so that gradient clipping sees what a model without
-        # the dead blocks would see, and so that closures are covered.
-        self._handles += [
-            param.register_post_accumulate_grad_hook(self._zero_gradient)  # type: ignore[no-untyped-call]
-            for param in self._dead
-            if param.requires_grad
-        ]
-        self._zero_all()
-
-    def _zero_all(self) -> None:
-        self._zero_gradients()
-        self._zero_weights_and_state()
-
-    @torch.no_grad()
-    def _zero_gradient(self, param: Tensor) -> None:
-        if param.grad is not None:
-            local(param.grad).masked_fill_(self._dead[param], 0)  # type: ignore[index]
-
-    def _zero_gradients(self) -> None:
-        for param in self._dead:
-            self._zero_gradient(param)
-
-    @torch.no_grad()
-    def _zero_weights_and_state(self) -> None:
-        for param, dead in self._dead.items():
-            local(param).masked_fill_(dead, 0)
-            for value in self._optimizer.state.get(param, {}).values():
-                if isinstance(value, Tensor) and value.shape == param.shape:
-                    local(value).masked_fill_(dead, 0)
-
-    def remove(self) -> None:
-        """Stop enforcing; blocks may grow again from now on."""
-        for handle in self._handles:
-            with suppress(KeyError):
-                handle.remove()
-        self._handles = []

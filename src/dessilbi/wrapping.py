@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from dessilbi import dual
+from dessilbi import dual, fusing
+from dessilbi.carrying import Fusion
 from dessilbi.kernels import couple_
+from dessilbi.kernels.pieces import Options
 from dessilbi.loading import own_loaded_state, with_own_options
 from dessilbi.optimizer import DessiLBI, is_phantom_step
 from dessilbi.options import check_coupling, check_structure
@@ -36,6 +38,7 @@ def wrap(
     unit: str | None = None,
     block_scale: str = "unit",
     path_lr: float | None = None,
+    fused: bool | None = None,
 ) -> "Wrapped":
     """Give ``base`` the dynamics of DessiLBI: V and Gamma beside the weights it trains.
 
@@ -60,11 +63,14 @@ def wrap(
         block_scale: "unit" or "sqrt", see DessiLBI.
         path_lr: The step of W to use for the coupling in place of the base's lr, for a base whose
             lr does not mean one (Prodigy, Adafactor).
+        fused: Add the coupling in one pass over memory, as in DessiLBI: True builds that kernel if
+            it is not there, None uses it where it is built, False never does.
 
     Returns:
         An optimizer to use in the base's place: hand it to schedulers, Path and GradScaler.
-        ``param_groups`` is the base's own list. A step holds one transient buffer, r, of the size
-        of the structured weights.
+        ``param_groups`` is the base's own list. A step needs one buffer of the size of the
+        structured weights beside V: the weights before the base moved them (kept from step to step
+        if fused), or r.
 
     Raises:
         ValueError: An option is out of range, or the base is of a kind that cannot be wrapped.
@@ -87,7 +93,7 @@ def wrap(
         "unit": unit,
         "block_scale": block_scale,
     }
-    return Wrapped(base, options, path_lr)
+    return Wrapped(base, options, path_lr, fused)
 
 
 def _check_base(base: object, path_lr: float | None) -> None:
@@ -134,15 +140,25 @@ class Wrapped(Optimizer):
         base: The wrapped optimizer; ``param_groups`` and ``state`` are its own.
         options: Defaults of the coupling for groups that do not carry their own.
         path_lr: See :func:`wrap`.
+        fused: See :func:`wrap`.
     """
 
-    def __init__(self, base: Optimizer, options: dict[str, Any], path_lr: float | None):
+    def __init__(
+        self,
+        base: Optimizer,
+        options: dict[str, Any],
+        path_lr: float | None,
+        fused: bool | None = None,
+    ):
         # Not Optimizer.__init__, which would make groups and state of its own.
         super().__setstate__({"defaults": base.defaults, "base": base, "path_lr": path_lr})
         self.base: Optimizer
         self.path_lr: float | None
         self._options = options
         self._waiting: dict[Tensor, Tensor] = {}
+        self._fused = fused
+        self._fusion = _fusion(fused)
+        self._olds: dict[Tensor, Tensor] = {}
         before = [dict(group) for group in base.param_groups]
         try:
             for group in base.param_groups:
@@ -154,6 +170,8 @@ class Wrapped(Optimizer):
                 group.update(old)
             raise
         _WRAPPED.add(base)
+        if fused:
+            fusing.prepare()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -213,14 +231,43 @@ class Wrapped(Optimizer):
         for group in self.param_groups:
             if OPTIONS[0] not in group:  # added to the base itself
                 self._complete(group)
-        found = dual.members(self)
+        choice = self._fusion.choice(self)
         # With a closure, gradients (and so who moves) are known only afterwards.
-        moving = [m for m in found if closure is not None or m.param.grad is not None]
-        shrinks = dual.shrinks_of(self, found)
+        fused = [p for p in choice.levels if closure is not None or p.grad is not None]
+        rest = [m for unit in choice.units for m in unit if phantom or m.param not in choice.levels]
+        moving = [m for m in rest if closure is not None or m.param.grad is not None]
+        shrinks = dual.shrinks_of(self, rest)
         pulls = {m.param: self._pull(m, shrinks[m.param]) for m in moving if not phantom}
         alphas = [self.alpha_of(group) for group in self.param_groups]
         alphas = [a.clone() if isinstance(a, Tensor) else a for a in alphas]
+        if not phantom:
+            self._remember(fused)
         loss = self.base.step() if closure is None else self.base.step(closure)
+        self._couple(moving, pulls, alphas, phantom=phantom)
+        if fused and not phantom:
+            told = [_options(g, a) for g, a in zip(self.param_groups, alphas, strict=True)]
+            if self._fusion.ready(self, told, self._olds):
+                self._fusion.run()
+        return loss
+
+    def _remember(self, params: list[Tensor]) -> None:
+        """Keep W as it is before the base moves it."""
+        self._olds = {p: self._olds.get(p, p) for p in params}
+        for p, old in self._olds.items():
+            if old is p or old.shape != p.shape or old.stride() != p.stride():
+                self._olds[p] = torch.empty_like(p)
+        if params:
+            torch._foreach_copy_(list(self._olds.values()), params)
+
+    def _couple(
+        self,
+        moving: list[dual.Member],
+        pulls: dict[Tensor, Tensor],
+        alphas: list[float | Tensor],
+        *,
+        phantom: bool,
+    ) -> None:
+        """Add the coupling to what is not fused."""
         clock = {id(g): a for g, a in zip(self.param_groups, alphas, strict=True)}
         for member in moving:
             if member.param.grad is None:
@@ -234,7 +281,18 @@ class Wrapped(Optimizer):
                     clock[id(member.group)],
                     kappa=member.group["kappa"],
                 )
-        return loss
+
+    def _buffer_of(self, param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, bool]:
+        """Momentum is the base's own affair."""
+        return None, False
+
+    @property
+    def kernel(self) -> str:
+        """What the next coupling runs on: "fused-cpu", "reference", or both with "+"."""
+        choice = self._fusion.choice(self)
+        found = [member.param for unit in choice.units for member in unit]
+        names = {choice.kernels[p].name if p in choice.kernels else "reference" for p in found}
+        return "+".join(sorted(names))
 
     def _pull(self, member: dual.Member, shrink: dual.Shrink) -> Tensor:
         """Return r = (W - Gamma)/nu of the old pair, this rank's part."""
@@ -302,11 +360,19 @@ class Wrapped(Optimizer):
             "path_lr": self.path_lr,
             "_options": self._options,
             "_waiting": self._waiting,
+            "_fused": self._fused,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`__getstate__` kept; the rest can be made again."""
+        super().__setstate__({"_fused": None, **state})
+        _WRAPPED.add(self.base)  # the base of a copy is wrapped as well
+        self._fusion = _fusion(self._fused)
+        self._olds = {}
 
     def __repr__(self) -> str:
         """The base's own description, wrapped."""
-        return f"wrap({self.base!r})"
+        return f"wrap({self.base!r}, kernel: {self.kernel})"
 
     def gamma(self) -> dict[str, Tensor]:
         """Return Gamma by name; see DessiLBI.gamma."""
@@ -315,3 +381,20 @@ class Wrapped(Optimizer):
     def support(self) -> Ticket:
         """Return supp(Gamma); see DessiLBI.support."""
         return dual.support(self)
+
+
+def _fusion(fused: bool | None) -> Fusion:
+    def asks(group: dict[str, Any]) -> bool | None:
+        return False if group["structure"] is None else fused
+
+    return Fusion(asks, _kept, (dual.STATE_KEY,))
+
+
+def _kept(group: dict[str, Any]) -> tuple[Any, ...]:
+    return group["structure"], group["unit"], group["block_scale"]
+
+
+def _options(group: dict[str, Any], alpha: float | Tensor) -> Options:
+    if isinstance(alpha, Tensor) and alpha.device.type == "cpu":
+        alpha = float(alpha)
+    return Options(alpha, group["kappa"], group["nu"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DDP and FSDP2 over several gloo ranks equal one process on the same global batch."""
 
+import math
 import os
 import socket
 import tempfile
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
-from dessilbi import DessiLBI, dual, wrap
+from dessilbi import DensityControl, DessiLBI, dual, wrap
 
 STEPS = 12
 # Blocks that straddle the shards, odd sizes that leave shards uneven or empty, and a unit.
@@ -143,6 +144,25 @@ def compare_all(rank, size, folder):
     assert sum(0 < d < 1 for d in densities) > 0.7 * len(densities)  # not vacuous
 
 
+def control_density(rank, size, folder):
+    densities = []
+    for engine in ("ddp", "fsdp2"):
+        for mode in ("track", "late"):
+            alone, together = net(), distributed(net(), engine)
+            one = build(alone, (2, None), lam=1.0)
+            many = build(together, (2, None), lam=1.0)
+            controls = [
+                DensityControl(o, density=0.5, total_steps=40, mode=mode, floor=0.5)
+                for o in (one, many)
+            ]
+            train(alone, one, steps=40)
+            train(together, many, rank=rank, size=size, steps=40)
+            assert_same(outcome(alone, one), outcome(together, many))
+            assert math.isclose(controls[0].lam, controls[1].lam, rel_tol=1e-9)
+            densities.append(many.support().density)
+    assert sum(0 < d < 1 for d in densities) >= 2, densities  # not vacuous
+
+
 def save_there(rank, size, folder):
     model = distributed(net(), "fsdp2")
     optimizer = build(model, "filter")
@@ -183,6 +203,10 @@ def test_a_placement_that_is_neither_replicated_nor_sharded_is_refused():
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_equal_one_process(size):
     spawn(compare_all, size)
+
+
+def test_density_control_on_ranks_equals_one_process():
+    spawn(control_density, 2)
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_on_three():

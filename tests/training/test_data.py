@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dessilbi.training.data import DATA_SETS, Split, batches, load_data
-from dessilbi.training.generated import digits, synthetic
+from dessilbi.training.data import DATA_SETS, load_data
+from dessilbi.training.data.generated import digits, synthetic
 from dessilbi.training.models import build_model
+
+
+def all_of(split):
+    """Inputs and targets of a whole split."""
+    return split.examples(len(split))
 
 
 def load(name, *, validation=10, seed=0, download=False):
@@ -60,11 +65,13 @@ def test_a_net_learns_the_generated_images_in_one_epoch():
     model = build_model("lenet", num_classes=10, in_channels=1, seed=0)
     parameters = list(model.parameters())
 
+    test_images, test_labels = all_of(data.test)
+
     def accuracy():
-        return (model(data.test.inputs).argmax(1) == data.test.targets).float().mean()
+        return (model(test_images).argmax(1) == test_labels).float().mean()
 
     before = accuracy()
-    for inputs, targets in batches(data.train, 50, generator=torch.Generator().manual_seed(0)):
+    for inputs, targets in data.train.batches(0, batch_size=50, seed=0):
         loss = torch.nn.functional.cross_entropy(model(inputs), targets)
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
@@ -78,7 +85,7 @@ def test_a_net_learns_the_generated_images_in_one_epoch():
 @pytest.mark.parametrize("name", ["digits", "synthetic-mnist"])
 def test_training_pixels_have_mean_0_and_deviation_1(name):
     data = load(name)
-    pixels = torch.cat([data.train.inputs, data.validation.inputs])
+    pixels = torch.cat([all_of(data.train)[0], all_of(data.validation)[0]])
     assert abs(pixels.mean()) < 1e-3
     assert abs(pixels.std() - 1) < 1e-3
 
@@ -92,7 +99,7 @@ def test_sets_without_files_never_ask_torchvision(name, monkeypatch):
 def test_training_and_validation_are_disjoint_and_together_the_set():
     data = load("digits", validation=400)
     (images, _), _ = digits()
-    parts = torch.cat([data.train.inputs, data.validation.inputs]).flatten(1)
+    parts = torch.cat([all_of(data.train)[0], all_of(data.validation)[0]]).flatten(1)
 
     assert (len(data.train), len(data.validation)) == (1037, 400)
     assert len(parts.unique(dim=0)) == len(images)
@@ -100,15 +107,16 @@ def test_training_and_validation_are_disjoint_and_together_the_set():
 
 def test_the_seed_decides_the_validation_part_and_nothing_else():
     first, same, other = (load("digits", seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.validation.inputs, same.validation.inputs)
-    assert torch.equal(first.train.targets, same.train.targets)
-    assert not torch.equal(first.validation.inputs, other.validation.inputs)
-    assert torch.equal(first.test.inputs, other.test.inputs)
+    for part in ("train", "validation"):
+        mine, again, others = (all_of(getattr(data, part)) for data in (first, same, other))
+        assert all(map(torch.equal, mine, again))
+        assert not torch.equal(mine[0], others[0])
+    assert all(map(torch.equal, all_of(first.test), all_of(other.test)))
 
 
 def test_loading_and_shuffling_leave_the_global_random_state_alone():
     before = torch.get_rng_state()
-    list(batches(load("synthetic-mnist").test, 100, generator=torch.Generator()))
+    list(load("synthetic-mnist").test.batches(0, batch_size=100, seed=0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -123,65 +131,53 @@ def test_the_smallest_and_the_largest_validation_part_are_allowed(validation):
     assert len(load("digits", validation=validation).validation) == validation
 
 
-def test_an_unknown_set_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="data set 'cifar' is unknown") as caught:
-        load("cifar")
-    assert all(name in str(caught.value) for name in DATA_SETS)
+@pytest.mark.parametrize("name", ["cifar", "text:", "generated:", "generated:cifar", "mnist:3", ""])
+def test_an_unknown_set_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=r"data='.*' is not known: use one of digits, ") as caught:
+        load(name)
+    assert all(known in str(caught.value) for known in (*DATA_SETS, "imagenet", "tinyshakespeare"))
 
 
-def test_a_split_needs_one_target_per_input():
-    with pytest.raises(ValueError, match="a split of 3 inputs and 2 targets is not allowed"):
-        Split(torch.zeros(3, 1, 2, 2), torch.zeros(2, dtype=torch.int64))
+def test_a_slip_of_the_pen_is_understood():
+    with pytest.raises(ValueError, match=r"did you mean cifar10\?"):
+        load("cifar-10")
 
 
-def numbered(count):
-    number = torch.arange(count)
-    return Split(number.to(torch.float32).reshape(-1, 1, 1, 1), number)
+@pytest.mark.parametrize("field", ["image_size", "length"])
+def test_a_wish_that_means_nothing_is_refused(field):
+    with pytest.raises(ValueError, match=f"{field}=9 does not apply to digits, .*: leave it out"):
+        load_data("digits", root=None, validation=10, seed=0, **{field: 9})
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 64])
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_an_epoch_holds_each_sample_once_with_its_target(batch_size, shuffled):
-    generator = torch.Generator().manual_seed(0) if shuffled else None
-    inputs, targets = zip(*batches(numbered(10), batch_size, generator=generator), strict=True)
-
-    assert {len(batch) for batch in targets[:-1]} <= {batch_size}
-    assert_close(torch.cat(inputs).flatten().to(torch.int64), torch.cat(targets))
-    assert torch.cat(targets).sort().values.tolist() == list(range(10))
-    assert (torch.cat(targets).tolist() == list(range(10))) is not shuffled
+@pytest.mark.parametrize("told", ["x", "0", "-1", ""])
+def test_a_number_of_generated_samples_that_is_none_is_refused(told):
+    if not told:
+        assert len(load("generated:mnist:").train) == 490
+        return
+    with pytest.raises(ValueError, match="does not end in a number of samples of 1 or more"):
+        load(f"generated:mnist:{told}")
 
 
-def test_the_generator_decides_the_order_and_moves_on_with_each_epoch():
-    def epochs(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return [
-            torch.cat([targets for _, targets in batches(numbered(10), 4, generator=generator)])
-            for _ in range(2)
-        ]
-
-    first, second = epochs(0)
-    assert torch.equal(torch.stack(epochs(0)), torch.stack([first, second]))
-    assert not torch.equal(first, second)
-    assert not torch.equal(first, epochs(1)[0])
-
-
-def test_the_permutation_is_drawn_at_the_call():
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    batches(numbered(10), 4, generator=generator)
-    assert not torch.equal(generator.get_state(), before)
-
-
-@pytest.mark.parametrize(("count", "sizes"), [(10, [4, 4]), (8, [4, 4]), (4, [4])])
-def test_a_smaller_last_batch_can_be_dropped(count, sizes):
-    generator = torch.Generator().manual_seed(0)
-    for order in (None, generator):
-        found = [len(t) for _, t in batches(numbered(count), 4, generator=order, drop_last=True)]
-        assert found == sizes
-
-
-def test_batches_that_cannot_be_are_refused_at_the_call():
-    with pytest.raises(ValueError, match="batches of 0 samples are not allowed: give 1 or more"):
-        batches(numbered(3), 0, generator=None)
-    with pytest.raises(ValueError, match=r"do not fit a split of 3 samples .* of at most 3"):
-        batches(numbered(3), 4, generator=None, drop_last=True)
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "num_classes"),
+    [
+        ("generated:mnist:30", {}, (1, 28, 28), 10),
+        ("generated:cifar10:30", {}, (3, 32, 32), 10),
+        ("generated:cifar100:30", {}, (3, 32, 32), 100),
+        ("generated:imagenet:30", {"image_size": 16}, (3, 16, 16), 1000),
+        ("generated:imagenet:30", {}, (3, 224, 224), 1000),
+        ("generated:folder:30", {"image_size": 16}, (3, 16, 16), 10),
+        ("generated:tinyshakespeare:30", {"length": 16}, (16,), 19),
+    ],
+)
+def test_every_set_can_be_made_up_in_its_shape(name, options, shape, num_classes):
+    data = load_data(name, root=None, validation=10, seed=0, **options)
+    inputs, targets = next(data.train.batches(0, batch_size=10, seed=0))
+    assert (len(data.train), len(data.validation)) == (20, 10)
+    assert len(data.test) > 0
+    assert inputs.shape == (10, *shape)
+    assert data.blank(10).shape == inputs.shape
+    assert data.blank(10).dtype == inputs.dtype
+    assert data.num_classes == num_classes
+    assert targets.max() < num_classes
+    assert inputs.flatten(1).unique(dim=0).shape[0] == 10

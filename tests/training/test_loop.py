@@ -8,7 +8,7 @@ import math
 import pytest
 import safetensors.torch
 import torch
-from tiny import QUICK, denormals_kept, shared_run, tiny_recipe, train_tiny
+from tiny import QUICK, Recorder, denormals_kept, shared_run, tiny_recipe, train_tiny
 from torch.testing import assert_close
 
 from dessilbi import Path
@@ -16,24 +16,6 @@ from dessilbi.runs import Run
 from dessilbi.storage import read_lines
 from dessilbi.training.loop import TrainingError, train
 from dessilbi.training.models import build_model
-
-
-class Recorder:
-    """Keeps what it is told; may raise at a step."""
-
-    def __init__(self, error=None):
-        self.told, self.finished, self.error = [], 0, error
-
-    def start(self, title, total_steps):
-        self.told.append((title, total_steps))
-
-    def update(self, step, facts):
-        self.told.append((step, facts))
-        if self.error is not None:
-            raise self.error
-
-    def finish(self):
-        self.finished += 1
 
 
 def names(folder):
@@ -44,7 +26,8 @@ def test_a_run_folder_is_complete():
     run = shared_run()
     assert names(run.folder) == {
         *("recipe.json", "environment.json", "init.safetensors", "model.safetensors"),
-        *("metrics.jsonl", "path.jsonl", "scores.safetensors", "status.json"),
+        *("metrics.jsonl", "times.jsonl", "path.jsonl", "scores.safetensors", "status.json"),
+        *("checkpoints", ".lock"),
     }
 
 
@@ -213,6 +196,9 @@ def test_a_folder_with_files_is_refused_and_left_alone(tmp_path):
     ("assignment", "error", "message"),
     [
         ("model=alexnet", ValueError, "alexnet"),
+        ("model=gpt", ValueError, "reads text"),
+        ("model=timm:vit_tiny_patch16_22", ValueError, "did you mean"),
+        ("model=timm:levit_128s", ValueError, r"not read samples of shape .1, 28, 28.* another im"),
         ("data=cifar", ValueError, "data='cifar' is not known"),
         ("validation=200", ValueError, "validation split of 200 "),
         ("data=mnist", ValueError, "mnist"),

@@ -14,8 +14,8 @@ import torch
 from torch.testing import assert_close
 
 from dessilbi.training.data import DATA_SETS, load_data
-from dessilbi.training.idx import read_idx
-from dessilbi.training.mnist import FILES
+from dessilbi.training.data.idx import read_idx
+from dessilbi.training.data.mnist import FILES
 
 NAMES = [name for pair in FILES for name in pair]
 # Without a time stamp, so that every worker makes the same bytes.
@@ -117,13 +117,15 @@ def test_files_become_normalised_images_and_their_labels(tmp_path, name, dataset
     assert (data.name, data.num_classes, data.in_channels) == (name, 10, 1)
     assert (len(data.train), len(data.validation), len(data.test)) == (20, 10, 10)
     for split in (data.train, data.validation, data.test):
-        assert split.inputs.shape == (len(split), 1, 28, 28)
-        assert (split.inputs.dtype, split.targets.dtype) == (torch.float32, torch.int64)
-        pixel = split.inputs[:, 0, 0, 0] * std + mean
+        inputs, targets = split.examples(len(split))
+        assert inputs.shape == (len(split), 1, 28, 28)
+        assert (inputs.dtype, targets.dtype) == (torch.float32, torch.int64)
+        pixel = inputs[:, 0, 0, 0] * std + mean
         number = (pixel * 255).round().to(torch.int64)
-        assert_close(number % 10, split.targets)
+        assert_close(number % 10, targets)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (10, 28, 28)))
-    assert_close(data.test.inputs[:, 0, 1:], ((images / 255 - mean) / std)[:, 1:].to(torch.float32))
+    inputs, _ = data.test.examples(len(data.test))
+    assert_close(inputs[:, 0, 1:], ((images / 255 - mean) / std)[:, 1:].to(torch.float32))
 
 
 def test_a_plain_file_is_preferred_to_a_packed_one(tmp_path):
@@ -201,7 +203,7 @@ def test_torchvision_finds_and_reads_the_same_files(tmp_path, dataset):
     theirs = getattr(datasets, dataset)(root=str(tmp_path), train=False, download=True)
 
     source = DATA_SETS[name]
-    pixels = load(name, root=tmp_path).test.inputs * source.std + source.mean
+    pixels = load(name, root=tmp_path).test.examples(10)[0] * source.std + source.mean
     assert_close((255 * pixels).round().to(torch.uint8).squeeze(1), theirs.data)
 
 
@@ -237,9 +239,10 @@ def test_the_real_files_are_the_known_set(name, first_labels):
 
     train, validation = data.train, data.validation
     assert (len(train), len(validation), len(data.test)) == (59_999, 1, 10_000)
-    assert train.targets[:5].tolist() == first_labels
-    counts = train.targets.bincount() + validation.targets.bincount(minlength=10)
+    inputs, targets = train.examples(len(train))
+    assert targets[:5].tolist() == first_labels
+    counts = targets.bincount() + validation.examples(1)[1].bincount(minlength=10)
     assert counts.sum() == 60_000
-    assert data.test.targets.bincount(minlength=10).min() >= 892
-    assert abs(train.inputs.mean()) < 1e-3
-    assert abs(train.inputs.std() - 1) < 1e-3
+    assert data.test.examples(10_000)[1].bincount(minlength=10).min() >= 892
+    assert abs(inputs.mean()) < 1e-3
+    assert abs(inputs.std() - 1) < 1e-3

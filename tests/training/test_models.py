@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models that recipes name: their sizes, their initialisation, what they refuse."""
 
+import math
+import sys
 from functools import partial
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dessilbi.training.models import MODELS, build_model
+from dessilbi.training.models import IMAGE_MODELS, MODELS, build_model
+from dessilbi.training.models.gpt import GPT
 from dessilbi.training.models.resnet import BasicBlock, Bottleneck, ResNet
 
 # 2 (a + b): weight and bias of batch norms. By hand, layer by layer, for 10 classes.
@@ -36,19 +39,41 @@ BOTTLENECK = (
     + 257 * 10
 )
 VGG_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-VGG = (
-    sum(9 * a * b for a, b in zip((3, *VGG_WIDTHS), VGG_WIDTHS, strict=False))
-    + 2 * sum(VGG_WIDTHS)
+VGG19_WIDTHS = (64, 64, 128, 128, *(256,) * 4, *(512,) * 8)
+
+
+def vgg(widths):
+    convs = sum(9 * a * b for a, b in zip((3, *widths), widths, strict=False))
+    return convs + 2 * sum(widths) + 513 * 10
+
+
+def wide_stage(c, w):
+    """Two basic blocks; where the width changes, a projection."""
+    first = 9 * c * w + 9 * w * w + 4 * w + (c * w + 2 * w if c != w else 0)
+    return first + 18 * w * w + 4 * w
+
+
+RESNET18 = (
+    (27 * 64 + 2 * 64)
+    + (wide_stage(64, 64) + wide_stage(64, 128) + wide_stage(128, 256) + wide_stage(256, 512))
     + 513 * 10
 )
+# Four linear layers with biases, two of the perceptron, two norms; embeddings, norm and output.
+GPT_BLOCK = 4 * (128 + 1) * 128 + (128 + 1) * 512 + (512 + 1) * 128 + 2 * 2 * 128
+GPT_10 = 10 * 128 + 16 * 128 + 4 * GPT_BLOCK + 2 * 128 + 128 * 10
 PARAMETERS = {
     "lenet": LENET,
     "resnet8": basic(1),
+    "resnet8-small": basic(1),  # the same on a quarter of the pixels
     "resnet20": basic(3),
     "resnet32": basic(5),
+    "resnet50": basic(8),
     "resnet56": basic(9),
     "resnet56-bottleneck": BOTTLENECK,
-    "vgg16-bn": VGG,
+    "resnet18": RESNET18,
+    "vgg16-bn": vgg(VGG_WIDTHS),
+    "vgg19-bn": vgg(VGG19_WIDTHS),
+    "gpt": GPT_10,
 }
 
 
@@ -57,7 +82,8 @@ def channels_of(name):
 
 
 def build(name, seed=0):
-    return build_model(name, num_classes=10, in_channels=channels_of(name), seed=seed)
+    sizes = {"length": 16} if name == "gpt" else {"in_channels": channels_of(name)}
+    return build_model(name, num_classes=10, seed=seed, **sizes)
 
 
 def num_parameters(model):
@@ -66,7 +92,7 @@ def num_parameters(model):
 
 def test_the_figures_by_hand_are_the_known_ones():
     assert (LENET, basic(1), basic(3)) == (61_706, 78_042, 272_474)
-    assert (BOTTLENECK, VGG) == (869_530, 14_724_042)
+    assert (BOTTLENECK, vgg(VGG_WIDTHS), RESNET18) == (869_530, 14_724_042, 11_173_962)
     assert set(PARAMETERS) == set(MODELS)
 
 
@@ -75,10 +101,10 @@ def test_a_model_has_the_parameters_counted_by_hand(name):
     assert num_parameters(build(name)) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_a_model_gives_one_row_of_logits_per_image_and_every_parameter_a_gradient(name):
     model = build(name)
-    side = {"lenet": 28, "vgg16-bn": 32}.get(name, 16)
+    side = {"lenet": 28, "vgg16-bn": 32, "vgg19-bn": 32}.get(name, 16)
     images = torch.randn(4, channels_of(name), side, side, generator=torch.Generator())
 
     logits = model(images)
@@ -89,6 +115,32 @@ def test_a_model_gives_one_row_of_logits_per_image_and_every_parameter_a_gradien
     assert not torch.equal(logits[0], logits[1])
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+def test_the_text_model_answers_every_character_from_those_before_it():
+    model = build("gpt").eval()
+    codes = torch.randint(10, (3, 16), generator=torch.Generator().manual_seed(0))
+    changed = codes.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 10
+
+    logits, other = model(codes), model(changed)
+    logits.square().sum().backward()
+
+    assert logits.shape == (3, 16, 10)
+    assert_close(logits[:, :9], other[:, :9])
+    differs = (logits != other).any(-1)
+    assert differs[:, 9:].all()
+    assert_close(model(codes[:, :5]), logits[:, :5])  # shorter texts are read too
+    without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without == set()
+
+
+def test_the_text_model_starts_without_an_opinion():
+    model = GPT(num_classes=65, length=16, depth=2)
+    logits = model(torch.arange(16)[None])
+    assert logits.log_softmax(-1).mean().item() == pytest.approx(-math.log(65), abs=0.1)
+    assert model.blocks[0].down.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert model.blocks[0].up.weight.std().item() == pytest.approx(0.02, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet20"])
@@ -199,38 +251,80 @@ def test_a_seeded_build_is_on_the_cpu_whatever_the_default_device():
 
 
 @pytest.mark.parametrize(
-    ("build_one", "shape"),
+    ("build_one", "inputs"),
     [
-        (partial(build, "lenet"), (1, 28, 28)),
-        (partial(build, "resnet8"), (3, 32, 32)),
-        (partial(ResNet, Bottleneck, 1, shortcut="pad"), (3, 32, 32)),
-        (partial(build, "vgg16-bn"), (3, 32, 32)),
+        (partial(build, "lenet"), torch.randn(2, 1, 28, 28, generator=torch.Generator())),
+        (partial(build, "resnet8"), torch.randn(2, 3, 32, 32, generator=torch.Generator())),
+        (
+            partial(ResNet, Bottleneck, 1, shortcut="pad"),
+            torch.randn(2, 3, 32, 32, generator=torch.Generator()),
+        ),
+        (partial(build, "vgg16-bn"), torch.randn(2, 3, 32, 32, generator=torch.Generator())),
+        (partial(GPT, num_classes=10, length=16, depth=1), torch.arange(20).reshape(2, 10) % 10),
     ],
-    ids=["lenet", "resnet8", "bottleneck-pad", "vgg16-bn"],
+    ids=["lenet", "resnet8", "bottleneck-pad", "vgg16-bn", "gpt"],
 )
-def test_an_exported_model_computes_the_same(build_one, shape):
+def test_an_exported_model_computes_the_same_for_any_number_of_samples(build_one, inputs):
     model = build_one().eval()
-    images = torch.randn(2, *shape, generator=torch.Generator())
-    program = torch.export.export(model, (images,))
-    expected = model(images)
+    shapes = ({0: torch.export.Dim("samples", max=64)},)
+    program = torch.export.export(model, (inputs,), dynamic_shapes=shapes)
+    more = torch.cat([inputs, inputs.flip(0), inputs.flip(1)])
+    expected = model(more)
     assert expected.std() > 0
-    assert_close(program.module()(images), expected)
+    assert_close(program.module()(more), expected)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet18", 10, 3), r"model 'resnet18' is unknown: use one of lenet, .*vgg16-bn"),
+        (("resnet21", 10, 3), r"model='resnet21' is not known: use one of lenet, .*mean resnet"),
+        (("timm:", 10, 3), r"model='timm:' is not known"),
         (("lenet", 10, 3), r"lenet reads 28x28 images of 1 channel, not of 3"),
-        (("vgg16-bn", 10, 1), r"vgg16-bn reads 32x32 images of 3 channels, not of 1"),
+        (("vgg16-bn", 10, 1), r"VGG reads 32x32 images of 3 channels, not of 1"),
         (("resnet20", 10, 0), r"a ResNet reads images of 1 or more channels, not of 0"),
         (("lenet", 1, 1), r"a model for 1 classes has nothing to decide: give 2 or more"),
+        (("resnet20", 10, None), r"model resnet20 reads images, and the data are text"),
+        (("timm:resnet18", 10, None), r"model timm:resnet18 reads images, and the data are text"),
+        (("gpt", 10, 3), r"model gpt reads text, and the data are images"),
+        (("torchvision:resnet18", 10, 1), r"torchvision:resnet18 reads images of 3 channels"),
+        (("torchvision:alexnett", 10, 3), r"no model 'alexnett': did you mean alexnet"),
+        (("torchvision:fcn_resnet50", 10, 3), r"torchvision has no model 'fcn_resnet50'"),
+        (("timm:convnext_tin", 10, 3), r"timm has no model 'convnext_tin': .* convnext_tiny, "),
+        (("timm:hf-hub:timm/resnet18", 10, 3), r"timm has no model 'hf-hub:timm/resnet18'"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):
     name, num_classes, in_channels = arguments
     with pytest.raises(ValueError, match=message):
         build_model(name, num_classes=num_classes, in_channels=in_channels)
+
+
+@pytest.mark.parametrize(
+    ("name", "in_channels", "side"),
+    [
+        ("torchvision:mobilenet_v3_small", 3, 32),
+        ("torchvision:googlenet", 3, 64),
+        ("timm:resnet10t", 1, 32),
+        ("timm:vit_tiny_patch16_224", 3, 32),
+    ],
+)
+def test_models_of_libraries_are_built_from_the_seed_for_the_data(name, in_channels, side):
+    sizes = {"num_classes": 7, "in_channels": in_channels, "side": side}
+    before = torch.get_rng_state()
+    model, again, other = (build_model(name, seed=seed, **sizes) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    weights, same, others = (list(m.parameters()) for m in (model, again, other))
+    assert all(map(torch.equal, weights, same))
+    assert not all(map(torch.equal, weights, others))
+    assert model.training
+    assert model(torch.zeros(2, in_channels, side, side)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_library_that_is_missing_is_named(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"{library}:resnet18 needs .*pip install {library}"):
+        build_model(f"{library}:resnet18", num_classes=10, in_channels=3)
 
 
 def test_a_resnet_refuses_no_blocks_and_unknown_shortcuts():

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for products of two activations: matmul and attention."""
+"""Rules for products of two activations: matmul, einsum and attention."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dessilbi.graph.elementwise import combine, softmax
-from dessilbi.graph.labels import Dead, blank, small
+from dessilbi.graph.labels import Dead, small
+from dessilbi.graph.layers import dense
 from dessilbi.graph.reader import Reader, Weight, rule
 
 
@@ -18,44 +21,67 @@ def matmul(reader: Reader, a: Any, b: Any) -> Any:
     Labels that vary along k only are contracted away, pair by pair. Labels that also vary along
     another dimension (heads) are merged along k and live on in the result.
     """
+    if isinstance(b, Weight) and len(b.shape) == 2 and not isinstance(a, Weight):
+        return dense(reader, a, b, None, rows=1)
     one, two = reader.labels_of(a), reader.labels_of(b)
     if one.dim() < 2 or two.dim() < 2:
         return reader.unknown(a, b)
     left, right = one.unsqueeze(-1), two.unsqueeze(-3)  # (.., i, k, 1) and (.., 1, k, j)
-    if _varies(reader, left, -2) or _varies(reader, right, -2):
-        return _contract(reader, left, right)
-    left = reader.collapse(left, [-2], "").squeeze(-2)
-    right = reader.collapse(right, [-2], "").squeeze(-2)
-    return combine(reader, left, right, _product, gate=True)
+    return _contract(reader, left, right, [-2])
+
+
+@rule("einsum")
+def einsum(reader: Reader, equation: str, tensors: Sequence[Any], **_: Any) -> Any:
+    """Products summed over letters; the equation holds no sizes, so nothing else follows."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    plain = arrow and "." not in equation and len(terms) <= 2
+    if not plain or any(len(set(term)) < len(term) for term in terms):
+        return reader.unknown(tensors)
+    letters = [*output, *sorted(set(inputs) - {*output, ","})]
+    spread = [
+        _spread(reader.labels_of(tensor), term, letters)
+        for tensor, term in zip(tensors, terms, strict=True)
+    ]
+    dims = range(len(output), len(letters))
+    if len(spread) == 1:
+        return _drop(reader.add_up(spread[0], list(dims)), dims)
+    return _contract(reader, spread[0], spread[1], list(dims))
+
+
+def _spread(labels: Tensor, term: str, letters: Sequence[str]) -> Tensor:
+    """Give every letter its dimension, size 1 where the term does not have it."""
+    order = [term.index(letter) for letter in letters if letter in term]
+    places = tuple(slice(None) if letter in term else None for letter in letters)
+    return labels.permute(order)[places]
+
+
+def _contract(reader: Reader, left: Tensor, right: Tensor, dims: list[int]) -> Tensor:
+    """Sum the products of two broadcastable tensors over ``dims``."""
+    shape: torch.Size = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+        left.shape, right.shape
+    )
+    dims = sorted(d % len(shape) for d in dims)
+    own = [[d + t.dim() - len(shape) for d in dims] for t in (left, right)]
+    inside = [[d for d in ds if d >= 0] for ds in own]
+    if not any(reader.varies(t, ds) for t, ds in zip((left, right), inside, strict=True)):
+        left, right = (
+            reader.collapse(t, ds, "") if ds else t
+            for t, ds in zip((left, right), inside, strict=True)
+        )
+    product = combine(reader, left, right, _product, gate=True)
+    return _drop(reader.add_up(product, dims), dims)
+
+
+def _drop(labels: Tensor, dims: Sequence[int]) -> Tensor:
+    for dim in sorted(dims, reverse=True):
+        labels = labels.squeeze(dim)
+    return labels
 
 
 def _product(a: Any, b: Any) -> Any:
     zero = (a == Dead.ZERO) | (b == Dead.ZERO)
     return np.where(zero, Dead.ZERO, Dead.VARIES)
-
-
-def _varies(reader: Reader, labels: Tensor, dim: int) -> bool:
-    core = small([labels])[0]
-    roots = reader.labels.roots(core.numpy())
-    return bool((roots != roots.take([0], axis=dim)).any())
-
-
-def _contract(reader: Reader, left: Tensor, right: Tensor) -> Tensor:
-    """Products over labelled indices: what is paired merges and one side must be 0 when dead."""
-    product = combine(reader, left, right, _product, gate=True)
-    core = small([product])[0]
-    others = [d for d in range(core.dim()) if d != core.dim() - 2]
-    status = reader.labels.dead[core.numpy()]
-    reason = f"{reader.where} sums over it and it is not 0 when dead"
-    reader.labels.freeze(core.numpy()[status != Dead.ZERO], reason)
-    reader.labels.require(core.numpy())
-    shape = [n for d, n in enumerate(product.shape) if d != product.dim() - 2]
-    if not any(_varies(reader, core, d) for d in others if core.shape[d] > 1):
-        return blank(shape)
-    first = core.narrow(-2, 0, 1)
-    why = f"{reader.where} sums over it together with what cannot be removed"
-    reader.labels.merge(first.expand(core.shape).numpy(), core.numpy(), why)
-    return reader.collapse(product, [-2], why).squeeze(-2)
 
 
 @rule("scaled_dot_product_attention")

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coupling: units in the words of param groups, a name and a block shape per parameter."""
 
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
+from torch import fx
 
-from dessilbi.graph.units import Graph, Unit
+from dessilbi.graph.program import op_name
+from dessilbi.graph.reader import shape_of
+from dessilbi.graph.units import Graph, Member, Unit
 from dessilbi.structure import Block
+
+_CONVOLUTIONS = frozenset(
+    f"conv{transposed}{rank}d" for transposed in ("", "_transpose") for rank in (1, 2, 3)
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,13 @@ def couplings(graph: Graph) -> dict[str, Coupling]:
     >>> couplings(read_graph(net, torch.ones(1, 4)))["0.weight"].structure
     (1, None)
     """
+    times = Counter(member.name for unit in graph.units for member in unit.producers)
     found: dict[str, Coupling] = {}
     for unit in graph.units:
-        blocks = {m.name: _block(graph, unit, number) for number, m in enumerate(unit.producers)}
-        for name, block in blocks.items():
-            if block is not None and name not in found:
-                found[name] = Coupling(unit.name, block)
+        for number, member in enumerate(unit.producers):
+            block = _block(graph, unit, number)
+            if block is not None and times[member.name] == 1:
+                found[member.name] = Coupling(unit.name, block)
     return found
 
 
@@ -48,3 +58,66 @@ def _block(graph: Graph, unit: Unit, number: int) -> Block | None:
     if member.index.size != shape[member.dim] or (whole != member.index).any():
         return None
     return tuple(length if d == member.dim else None for d in range(len(shape)))
+
+
+def filters(graph: Graph) -> frozenset[str]:
+    """Return the weights whose rows are filters: they are applied at every position of a sample.
+
+    These are convolutions, and linear layers that read a feature vector per token or pixel rather
+    than one per sample.
+
+    >>> import torch
+    >>> from dessilbi.graph import read_graph
+    >>> net = torch.nn.Linear(4, 8)
+    >>> filters(read_graph(net, torch.ones(1, 4))), filters(read_graph(net, torch.ones(1, 5, 4)))
+    (frozenset(), frozenset({'weight'}))
+    """
+    program = graph.reading.program
+    found = set()
+    for node in program.module.graph.nodes:
+        kind = op_name(node)
+        if kind == "linear" or kind in _CONVOLUTIONS:
+            name = program.weights.get(str(getattr(_argument(node, 1, "weight"), "target", "")))
+            if name is not None and (kind != "linear" or _slides(graph, node)):
+                found.add(name)
+    return frozenset(found)
+
+
+def _argument(node: fx.Node, place: int, name: str) -> object:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
+
+
+def _slides(graph: Graph, node: fx.Node) -> bool:
+    """Whether a linear layer is applied more than once per sample, tokens flattened or not."""
+    read = _argument(node, 0, "input")
+    assert isinstance(read, fx.Node)
+    shape = shape_of(read.meta["val"])
+    return len(shape) > 2 or prod(shape[:-1]) > graph.reading.batch
+
+
+def _runs(member: Member) -> str:
+    """The rows of a block in words: how many runs of how many."""
+    parts = np.split(member.index[0], np.flatnonzero(np.diff(member.index[0]) != 1) + 1)
+    sizes = {len(part) for part in parts}
+    of = f" of {sizes.pop()}" if len(sizes) == 1 else ""
+    return f"{len(parts)} runs{of} rows"
+
+
+def why_alone(graph: Graph, name: str) -> str:
+    """Say why :func:`couplings` has no entry for a parameter."""
+    found = [m for unit in graph.units for m in unit.producers if m.name == name]
+    if len(found) > 1:
+        return f"rows of {name} belong to {len(found)} units"
+    if found and found[0].index.size != graph.shapes[name][found[0].dim]:
+        size = graph.shapes[name][found[0].dim]
+        return f"only {found[0].index.size} of the {size} rows of {name} belong to a unit"
+    if found:
+        return f"{name} is packed: {_runs(found[0])} make one block"
+    for unit in graph.units:
+        if any(member.name == name for member in unit.followers):
+            return f"it goes with unit {unit.name!r} and has no blocks of its own"
+    if name in graph.left_out:
+        return graph.left_out[name]
+    if name in graph.shapes:
+        return "nothing that it belongs to can be removed"
+    return "forward does not use it in eval mode"

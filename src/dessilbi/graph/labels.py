@@ -67,6 +67,11 @@ class Labels:
         self.held = np.concatenate([self.held, np.zeros(count, bool)])
         return new
 
+    def attach(self, new: Ids, ids: Ids) -> None:
+        """Merge labels that were just made with older ones, pairwise; 0 is left alone."""
+        both = (new != 0) & (ids != 0)
+        self.parent[new[both]] = self.roots(ids[both])
+
     def axis(self, axis: Axis) -> Ids:
         """Return the labels of ``axis``, the same ones every time; a size of 1 has none."""
         if axis.size <= 1:
@@ -77,32 +82,30 @@ class Labels:
         return np.arange(start, start + axis.size)
 
     def roots(self, labels: Ids) -> Ids:
-        """Return the representative of each label's class."""
+        """Return the representative of each label's class, the smallest label in it."""
         found = self.parent[labels]
         while True:
             above = self.parent[found]
             if np.array_equal(above, found):
+                self.parent[labels] = found  # the next search is shorter
                 return found
             found = above
 
     def merge(self, first: Ids, second: Ids, reason: str) -> None:
         """Merge labels pairwise; a label that meets no label (0) is frozen for ``reason``."""
-        pairs = np.unique(np.stack([first.ravel(), second.ravel()]), axis=1)
+        pairs = np.stack([first.ravel(), second.ravel()])
         alone = (pairs == 0).any(axis=0)
         if alone.any():
             self.freeze(pairs[:, alone].ravel(), reason)
-        for a, b in pairs[:, ~alone].T.tolist():
-            top, other = self._root(a), self._root(b)
-            if top != other:
-                self.parent[max(top, other)] = min(top, other)
-                self.held[min(top, other)] |= self.held[max(top, other)]
-
-    def _root(self, label: int) -> int:
-        parent = self.parent
-        while parent[label] != label:
-            parent[label] = parent[parent[label]]
-            label = int(parent[label])
-        return label
+        pairs = pairs[:, ~alone]
+        while True:
+            pairs = np.sort(self.roots(pairs), axis=0)
+            pairs = pairs[:, pairs[0] != pairs[1]]
+            if not pairs.size:
+                return
+            low, high = pairs  # a root with several partners meets the others next time
+            np.minimum.at(self.parent, high, low)
+            np.logical_or.at(self.held, self.roots(high), self.held[high])
 
     def freeze(self, labels: Ids, reason: str) -> None:
         """Remember that these labels, and all that merge with them, cannot be removed."""

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from dessilbi.graph.labels import Axis, Dead, Ids, along, blank, small
 from dessilbi.graph.reader import Constant, Even, Known, Reader, Weight, rule
+from dessilbi.naming import bias_name
 
 
-def consume(reader: Reader, axis: Axis, ids: Ids, *, foldable: bool) -> None:
-    """Let the columns of a weight read labelled channels (what is 0 when dead may go)."""
+def consume(reader: Reader, axis: Axis, ids: Ids, bias: str | None = None) -> None:
+    """Let the columns of a weight read labelled channels (what is 0 when dead may go).
+
+    ``bias`` names what can take up constants; without it one column carries those of the others.
+    """
     labels = reader.labels
     dead = labels.dead[ids]
     labels.merge(labels.axis(axis), ids, f"{reader.where} reads what cannot be removed")
@@ -22,7 +26,18 @@ def consume(reader: Reader, axis: Axis, ids: Ids, *, foldable: bool) -> None:
     if (dead == Dead.CONSTANT).any():
         assert reader.node is not None
         constant = np.where(dead == Dead.CONSTANT, ids, 0)
-        reader.constants.append(Constant(axis, constant, foldable, reader.node.name))
+        if reader.uses[axis.name] > 1:  # what moves into a weight would act at its other uses
+            reason = f"{reader.where} reads a constant with a weight that is used elsewhere too"
+            labels.freeze(constant, reason)
+        reader.constants.append(Constant(axis, constant, bias, reader.node.name))
+
+
+def taker(reader: Reader, weight: Weight, bias: Any) -> str | None:
+    """Return the name of the bias that constants may be moved into, if it acts here alone."""
+    if isinstance(bias, Weight):
+        return bias.name if reader.uses[bias.name] == 1 else None
+    name = bias_name(weight.name)
+    return name if bias is None and name in reader.program.vacant else None
 
 
 def produce(reader: Reader, axis: Axis, bias: Any, dim: int, shape: Sequence[int]) -> Tensor:
@@ -53,12 +68,12 @@ def conv(
     _count(reader, weight.name, prod(shape) * prod(weight.shape[1:]))
     ids = reader.channels(x, dim)
     if groups == len(ids) > 1:
-        return _depthwise(reader, weight, bias, ids, dim, shape)
+        return _depthwise(reader, weight, bias, ids, rows // len(ids), dim)
     unpadded = padding == "valid" or (
         not isinstance(padding, str) and not np.any(np.asarray(padding))
     )
     axis = Axis(weight.name, 1, len(ids), "consumer", groups)
-    consume(reader, axis, ids, foldable=unpadded)
+    consume(reader, axis, ids, taker(reader, weight, bias) if unpadded else None)
     result = produce(reader, Axis(weight.name, 0, rows, "producer"), bias, dim, shape)
     if groups > 1:
         outputs = reader.labels.axis(Axis(weight.name, 0, rows, "producer"))
@@ -67,15 +82,13 @@ def conv(
     return result
 
 
-def _depthwise(
-    reader: Reader, weight: Weight, bias: Any, ids: Ids, dim: int, shape: Sequence[int]
-) -> Tensor:
-    """Every row belongs to one input channel and dies with it."""
-    spread = np.repeat(ids, weight.shape[0] // len(ids))
-    reader.follow(weight, 0, spread, "follower")
+def _depthwise(reader: Reader, weight: Weight, bias: Any, ids: Ids, times: int, dim: int) -> Tensor:
+    """Every input channel has ``times`` outputs of its own, which die with it."""
+    spread = np.repeat(ids, times)
+    reader.follow(weight, 0, np.repeat(ids, weight.shape[0] // len(ids)), "follower")
     closed = bias is None or reader.follow(bias, 0, spread, "follower")
     new = reader.successors(spread, Dead.ZERO if closed else Dead.CONSTANT)
-    return along(new, dim, shape)
+    return along(new, dim, reader.out_shape)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -98,28 +111,44 @@ def conv_transpose(
     shape = reader.out_shape
     _count(reader, weight.name, prod(x.shape) * prod(weight.shape[1:]))
     ids = reader.channels(x, dim)
-    if groups == len(ids) > 1 and weight.shape[1] == 1:
-        return _depthwise(reader, weight, bias, ids, dim, shape)
+    if groups == len(ids) > 1:
+        return _depthwise(reader, weight, bias, ids, weight.shape[1], dim)
     if groups > 1:
         return reader.unknown(x, bias, reason=f"{reader.where} is a grouped transposed convolution")
     constant = ids[reader.labels.dead[ids] != Dead.ZERO]
     reader.labels.freeze(constant, f"{reader.where} reads it and it is not 0 when dead")
-    consume(reader, Axis(weight.name, 0, len(ids), "consumer"), ids, foldable=False)
+    consume(reader, Axis(weight.name, 0, len(ids), "consumer"), ids)
     return produce(reader, Axis(weight.name, 1, weight.shape[1], "producer"), bias, dim, shape)
 
 
 @rule("linear")
 def linear(reader: Reader, x: Any, weight: Any, bias: Any = None) -> Any:
     """Rows are the neurons, columns read the last dimension."""
-    if not isinstance(weight, Weight):
+    return dense(reader, x, weight, bias, rows=0)
+
+
+@rule("addmm")
+def addmm(reader: Reader, bias: Any, x: Any, weight: Any, **scales: Any) -> Any:
+    """A linear layer whose weight lies the other way round."""
+    if scales:
+        return reader.unknown(bias, x, weight)
+    return dense(reader, x, weight, bias, rows=1)
+
+
+def dense(reader: Reader, x: Any, weight: Any, bias: Any, *, rows: int) -> Any:
+    """Neurons along dimension ``rows`` of a weight read the last dimension of ``x``."""
+    if not isinstance(weight, Weight) or isinstance(x, Weight):
         return reader.unknown(x, weight, bias, reason=f"{reader.where} has a computed weight")
-    x = reader.labels_of(x)
-    _count(reader, weight.name, prod(reader.out_shape) * weight.shape[1])
-    ids = reader.channels(x, -1)
-    consume(reader, Axis(weight.name, 1, len(ids), "consumer"), ids, foldable=True)
-    return produce(
-        reader, Axis(weight.name, 0, weight.shape[0], "producer"), bias, -1, reader.out_shape
-    )
+    if len(weight.shape) != 2:
+        return reader.unknown(x, weight, bias)
+    labels = reader.labels_of(x)
+    height, width = weight.shape[rows], weight.shape[1 - rows]
+    _count(reader, weight.name, prod(reader.out_shape) * width)
+    ids = reader.channels(labels, -1)
+    axis = Axis(weight.name, 1 - rows, width, "consumer")
+    consume(reader, axis, ids, taker(reader, weight, bias))
+    producer = Axis(weight.name, rows, height, "producer")
+    return produce(reader, producer, bias, -1, reader.out_shape)
 
 
 @rule("embedding")
@@ -179,7 +208,7 @@ def group_norm(
     return along(reader.successors(ids, dead), 1, reader.out_shape)
 
 
-@rule("layer_norm", "rms_norm")
+@rule("layer_norm")
 def layer_norm(reader: Reader, x: Any, shape: Sequence[int], *affine: Any, **_: Any) -> Tensor:
     """Statistics over the last dimensions: what varies along them lives or dies as a whole."""
     labels = reader.labels_of(x)
@@ -200,14 +229,45 @@ def layer_norm(reader: Reader, x: Any, shape: Sequence[int], *affine: Any, **_: 
     return reader.derive(labels, lambda dead: np.full_like(dead, Dead.VARIES))
 
 
+@rule("rms_norm")
+def rms_norm(
+    reader: Reader, x: Any, shape: Sequence[int], weight: Any = None, eps: Any = None
+) -> Tensor:
+    """Zeros add nothing to the sum of squares: with its weight and eps rescaled, channels can go.
+
+    With N of which N' stay: weight * sqrt(N / N') and eps * N / N'.
+    """
+    labels = reader.labels_of(x)
+    core = small([labels])[0]
+    ids = core.numpy().ravel()
+    single = isinstance(weight, Weight) and len(shape) == 1 and core.numel() == core.shape[-1] > 1
+    if not single:
+        whole: Tensor = layer_norm(reader, x, shape, weight)
+        return whole
+    reason = f"{reader.where} takes its statistics over it"
+    reader.labels.freeze(ids[reader.labels.dead[ids] != Dead.ZERO], f"{reason} and it is not 0")
+    if reader.uses[weight.name] > 1:
+        reader.labels.freeze(ids, f"{reason} with a weight that is used elsewhere too")
+    reader.labels.require(ids)
+    reader.follow(weight, 0, ids, "follower")
+    reader.rescaled.add(weight.name)
+    return along(reader.successors(ids, Dead.ZERO), -1, labels.shape)
+
+
+@rule("_fused_rms_norm")
+def fused_rms_norm(reader: Reader, *args: Any) -> Any:
+    """The same, as decomposed programs write it."""
+    return rms_norm(reader, *args), blank((0,))
+
+
 @rule("prelu")
 def prelu(reader: Reader, x: Any, weight: Any) -> Any:
     """A slope per channel, or one for all; 0 stays 0."""
     labels = reader.labels_of(x)
-    if isinstance(weight, Weight) and weight.shape[0] > 1:
-        reader.follow(weight, 0, reader.channels(labels, 1), "follower")
-    elif not isinstance(weight, Weight | Known):
+    if not isinstance(weight, Weight | Known):
         return reader.unknown(x, weight)
+    if prod(weight.shape if isinstance(weight, Weight) else weight.value.shape) > 1:
+        reader.follow(weight, 0, reader.channels(labels, 1), "follower")
     return labels
 
 

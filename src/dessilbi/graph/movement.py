@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dessilbi.graph.labels import Dead, along, blank, small, tidy
+from dessilbi.graph.elementwise import combine
+from dessilbi.graph.labels import Dead, along, small, tidy
 from dessilbi.graph.reader import Known, Reader, Weight, rule
 
 MOVES = [
@@ -24,25 +25,24 @@ MOVES = [
     "squeeze",
     "expand",
     "slice",
-    "select",
     "narrow",
     "movedim",
     "swapaxes",
     "swapdims",
     "flip",
     "repeat",
+    "tile",
     "split",
     "split_with_sizes",
     "chunk",
     "tensor_split",
-    "unbind",
     "pixel_shuffle",
     "pixel_unshuffle",
+    "channel_shuffle",
     "unsafe_chunk",
     "unsafe_split",
     "repeat_interleave",
     "view_as",
-    "expand_as",
     "reshape_as",
 ]
 
@@ -67,10 +67,28 @@ def move(reader: Reader, x: Any, *args: Any, **kwargs: Any) -> Any:
     return tidy(result)
 
 
+@rule("select")
+def select(reader: Reader, x: Any, dim: int, index: int) -> Tensor:
+    """One index along a dimension; it must stay if there are others."""
+    labels = reader.labels_of(x)
+    result = tidy(labels.select(dim, index))
+    only = torch.unique(small([result])[0])
+    reader.must_not_vary(labels, [dim], f"{reader.where} picks it by its number", only=only)
+    return result
+
+
+@rule("unbind")
+def unbind(reader: Reader, x: Any, dim: int = 0) -> tuple[Tensor, ...]:
+    """Every index along a dimension; all must stay or go."""
+    labels = reader.labels_of(x)
+    reader.must_not_vary(labels, [dim], f"{reader.where} takes it apart one by one")
+    return tuple(tidy(part) for part in labels.unbind(dim))
+
+
 @rule("getitem")
 def getitem(reader: Reader, values: Any, index: Any) -> Any:
     """Pick one of several results."""
-    return values[index]
+    return values[index] if isinstance(values, tuple | list) else reader.unknown(values)
 
 
 @rule("cat", "concat")
@@ -104,7 +122,7 @@ def roll(reader: Reader, x: Any, shifts: Any, dims: Any = ()) -> Tensor:
 
 @rule("index", "index_select", "gather", "_unsafe_index")
 def index(reader: Reader, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Fixed positions: labels must not vary along the indexed dimensions."""
+    """Fixed positions: a list of them along one dimension, or labels must not vary there."""
     assert reader.node is not None
     labels = reader.labels_of(x)
     name = str(reader.node.target)
@@ -118,9 +136,43 @@ def index(reader: Reader, x: Any, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(p, Tensor | Weight) for p in places):
         return reader.unknown(x)
     dims = [d for d, p in enumerate(places) if p is not None]
-    reader.must_not_vary(labels, dims, f"{reader.where} picks fixed positions of it")
+    if len(dims) > 1 or places[dims[0]].value.dim() != 1:
+        reader.must_not_vary(labels, dims, f"{reader.where} picks fixed positions of it")
     where = [slice(None) if p is None else p.value for p in places]
-    return tidy(labels[tuple(where)])
+    picked: Tensor = labels[tuple(where)]
+    return tidy(picked)
+
+
+@rule("copy")
+def copy(reader: Reader, x: Any, source: Any, *_: Any) -> Tensor:
+    """What is written takes the place of what was there, shape by shape."""
+    return combine(reader, x, source, lambda _, new: np.minimum(new, Dead.VARIES))
+
+
+@rule("expand_as")
+def expand_as(reader: Reader, x: Any, other: Any) -> Tensor:
+    """Takes the size of another tensor, and follows it."""
+    result: Tensor = copy(reader, other, x)
+    return result
+
+
+@rule("slice_scatter")
+def slice_scatter(
+    reader: Reader,
+    x: Any,
+    source: Any,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Tensor:
+    """Write into a part; sizes of the part and of what is written change together."""
+    labels = reader.labels_of(x)
+    part = (slice(None),) * (dim % labels.dim()) + (slice(start, end, step),)
+    written = copy(reader, tidy(labels[part]), source)
+    result = labels.contiguous()
+    result[part] = written
+    return tidy(result)
 
 
 @rule("pad", "constant_pad_nd")
@@ -151,12 +203,6 @@ def pad(
     if number:
         return reader.derive(labels, lambda dead: np.full_like(dead, Dead.VARIES))
     return reader.derive(labels, lambda dead: np.where(dead == Dead.ZERO, 0, Dead.VARIES))
-
-
-@rule("new_zeros", "zeros_like", "new_ones", "ones_like", "full_like", "new_full", "new_empty")
-def filled(reader: Reader, *_: Any, **__: Any) -> Tensor:
-    """Of a fixed size, whatever it was shaped after."""
-    return blank(reader.out_shape)
 
 
 def spread(reader: Reader, x: Any, dims: int) -> Tensor:

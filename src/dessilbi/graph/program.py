@@ -5,6 +5,7 @@ The program is functional where it depends on the input (in-place operations are
 names parameters and buffers as the model does.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from dessilbi.naming import canonical_name, unwrap
+from dessilbi.naming import bias_name, tensor_names, unwrap
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 # They look at shape and type of their argument, never at its values.
-_SHAPE_ONLY = frozenset(
-    {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like"}
-    | {"empty_like", "sym_size", "sym_numel", "_assert_tensor_metadata"}
+SHAPE_ONLY = frozenset(
+    {"new_zeros", "new_ones", "new_full", "new_empty"}
+    | {"sym_size", "sym_numel", "_assert_tensor_metadata"}
 )
 
 
@@ -33,13 +34,15 @@ class Program:
         module: The operations; ``get_attr`` nodes fetch parameters, buffers and constants.
         weights: ``get_attr`` target -> name of that parameter in the model.
         buffers: ``get_attr`` target -> name of that buffer in the model.
-        variable: Nodes whose value depends on the input or on a parameter.
+        vacant: Names of biases that layers have a place for but do not use.
+        writes: Whether an operation changes a buffer or constant in place.
     """
 
     module: fx.GraphModule
     weights: Mapping[str, str]
     buffers: Mapping[str, str]
-    variable: frozenset[fx.Node]
+    vacant: frozenset[str] = frozenset()
+    writes: bool = False
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -87,10 +90,10 @@ def read_program(model: nn.Module, example_inputs: ExampleInputs) -> Program:
     model = unwrap(model)
     args, kwargs = as_arguments(example_inputs)
     with evaluating(model), torch.no_grad():
-        exported = _export(model, args, kwargs)
-        module = exported.module(check_guards=False)
+        exported = export_program(model, args, kwargs)
+        module = _inlined(exported.module(check_guards=False))
         if not _make_functional(module, _variable_nodes(module)):
-            module = exported.run_decompositions({}).module(check_guards=False)
+            module = _inlined(exported.run_decompositions({}).module(check_guards=False))
             if not _make_functional(module, _variable_nodes(module)):
                 raise ValueError(
                     f"{type(model).__name__} writes into a part of a tensor in forward, which "
@@ -102,11 +105,28 @@ def read_program(model: nn.Module, example_inputs: ExampleInputs) -> Program:
         plain,
         _names(plain, model, model.named_parameters(remove_duplicate=False)),
         _names(plain, model, model.named_buffers(remove_duplicate=False)),
-        frozenset(_variable_nodes(plain)),
+        _vacant_biases(model),
+        any(node.op == "call_function" and _is_inplace(node) for node in plain.graph.nodes),
     )
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _vacant_biases(model: nn.Module) -> frozenset[str]:
+    """Names of the biases that layers with a weight could have and do not."""
+    canonical = tensor_names(model)
+    weights = (
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, module in model.named_modules()
+        if "bias" in module._parameters and module._parameters["bias"] is None
+    )
+    return frozenset(bias_name(canonical[name]) for name in weights if name in canonical)
+
+
+def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the ExportedProgram of a model in eval mode, its batch open where forward allows.
+
+    Raises:
+        ValueError: torch.export cannot follow the model with these inputs.
+    """
     attempts: list[tuple[tuple[Any, Any], Any]] = [((args, kwargs), None)]
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     sizes = {x.shape[0] if x.dim() else None for x in tensors}
@@ -121,7 +141,10 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             spec = {**dict(zip(_argument_names(model), spec, strict=False))}
             spec.update({k: _open(x) for k, x in named.items()})
         try:
-            return torch.export.export(model, positional, named, dynamic_shapes=spec, strict=False)
+            with _quiet():
+                return torch.export.export(
+                    model, positional, named, dynamic_shapes=spec, strict=False
+                )
         except Exception as error:
             failure = error
     detail = str(failure).strip().splitlines() or [type(failure).__name__]
@@ -130,6 +153,17 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         f"({type(failure).__name__}: {detail[0]}); give inputs that forward accepts and a forward "
         f"that torch.export can follow"
     ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging a traceback for what we say in one sentence."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
 
 
 def _argument_names(model: nn.Module) -> list[str]:
@@ -153,6 +187,29 @@ def op_name(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
+def _inlined(module: fx.GraphModule) -> fx.GraphModule:
+    """Open regions that only switch gradients or autocast off: they compute the same outside."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        name = op_name(node) if node.op == "call_function" else ""
+        first = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(name)
+        if first is None or (name == "wrap_with_autocast" and node.args[2]):
+            continue
+        region = getattr(module, node.args[first].target)
+        if any(inner.op == "get_attr" for inner in region.graph.nodes):
+            continue
+        inputs = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
+        with graph.inserting_before(node):
+            results = graph.graph_copy(
+                _inlined(region).graph, dict(zip(inputs, node.args[first + 1 :], strict=True))
+            )
+        for user in list(node.users):  # each picks one of the results
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+        graph.erase_node(node)
+    return module
+
+
 def _variable_nodes(module: fx.GraphModule) -> set[fx.Node]:
     """Nodes whose value depends on the input or on a parameter."""
     found: set[fx.Node] = set()
@@ -162,7 +219,7 @@ def _variable_nodes(module: fx.GraphModule) -> set[fx.Node]:
         elif node.op == "get_attr":
             if isinstance(_fetch(module, str(node.target)), nn.Parameter):
                 found.add(node)
-        elif op_name(node) not in _SHAPE_ONLY and any(
+        elif op_name(node) not in SHAPE_ONLY and any(
             source in found for source in node.all_input_nodes
         ):
             found.add(node)
@@ -232,7 +289,8 @@ def _names(
 ) -> dict[str, str]:
     first: dict[int, str] = {}
     names: dict[str, str] = {}
+    canonical = tensor_names(model)
     for name, tensor in named:
-        names[name] = first.setdefault(id(tensor), canonical_name(name))
+        names[name] = first.setdefault(id(tensor), canonical[name])
     targets = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     return {target: names[target] for target in sorted(targets) if target in names}

@@ -7,15 +7,16 @@ tensors, parameters as :class:`Weight`, everything that does not depend on the i
 read: nothing that is not understood is ever removed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from dessilbi.graph.labels import Axis, Ids, Labels, blank, small, tidy
+from dessilbi.graph.labels import Axis, Ids, Labels, blank, small
 from dessilbi.graph.program import Program, op_name
 
 MAX_ELEMENTS = 1 << 20  # a weight used element by element gets a label per element up to here
@@ -61,11 +62,14 @@ class Known:
 
 @dataclass(frozen=True)
 class Constant:
-    """A consumer whose dead columns hold a constant other than 0 when their unit is dead."""
+    """A consumer whose dead columns hold a constant other than 0 when their unit is dead.
+
+    ``bias`` names the parameter that can take the constant up, None where none can.
+    """
 
     axis: Axis
     labels: Ids
-    foldable: bool
+    bias: str | None
     node: str
 
 
@@ -86,12 +90,17 @@ class Reader:
     labels: Labels = field(default_factory=Labels)
     node: fx.Node | None = None
     values: dict[fx.Node, Any] = field(default_factory=dict)
-    flat: list[tuple[Tensor, tuple[int, ...], str]] = field(default_factory=list)
+    flat: list[tuple[Tensor, tuple[int, ...], str, int, Tensor | None]] = field(
+        default_factory=list
+    )
     constants: list[Constant] = field(default_factory=list)
     evens: list[Even] = field(default_factory=list)
+    uses: Counter[str] = field(default_factory=Counter)
+    rescaled: set[str] = field(default_factory=set)
     macs: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     whole: set[str] = field(default_factory=set)
+    unread: dict[str, str] = field(default_factory=dict)
     batch: int = 1
 
     @property
@@ -124,11 +133,13 @@ class Reader:
             return torch.from_numpy(ids).reshape(value.shape)
         return blank(())
 
-    def must_not_vary(self, labels: Tensor, dims: Iterable[int], reason: str) -> None:
-        """At the end, freeze labels whose class is not the same all along ``dims``."""
+    def must_not_vary(
+        self, labels: Tensor, dims: Iterable[int], reason: str, *, only: Tensor | None = None
+    ) -> None:
+        """At the end, freeze labels (``only`` these) if classes differ along ``dims``."""
         dims = tuple(d % labels.dim() for d in dims)
         if dims and bool((small([labels])[0] != 0).any()):
-            self.flat.append((labels, dims, reason))
+            self.flat.append((labels, dims, reason, len(self.labels.frozen), only))
 
     def derive(self, labels: Tensor, dead: Callable[[Ids], Ids]) -> Tensor:
         """Return new labels, merged with the old ones, whose value when dead is another."""
@@ -142,11 +153,15 @@ class Reader:
         needs = np.stack([ids, np.zeros_like(ids)], axis=1)
         new = self.labels.fresh(len(ids), dead, needs)
         new = np.where(ids == 0, 0, new)
-        self.labels.merge(new, ids, "")
+        self.labels.attach(new, ids)
         return new
 
     def collapse(self, labels: Tensor, dims: Sequence[int], reason: str) -> Tensor:
-        """Return labels with ``dims`` reduced to size 1; their class must not vary along them."""
+        """Return labels with ``dims`` reduced to size 1.
+
+        What varies along ``dims`` only is frozen; what varies along others too lives or dies as a
+        whole along ``dims``.
+        """
         if labels.dim() == 0:
             return labels
         dims = sorted({d % labels.dim() for d in dims})
@@ -156,6 +171,9 @@ class Reader:
         core = small([labels])[0]
         if all(core.shape[d] == 1 for d in dims):
             return first
+        if self.varies(core, [d for d in range(core.dim()) if d not in dims]):
+            start = first[tuple(slice(0, 1 if d in dims else n) for d, n in enumerate(core.shape))]
+            self.labels.merge(start.expand(core.shape).numpy(), core.numpy(), reason)
         self.must_not_vary(labels, dims, reason)
         self.labels.require(core.numpy())
         status = torch.from_numpy(self.labels.dead)[core].amax(dims, keepdim=True)
@@ -163,6 +181,25 @@ class Reader:
         core_ids = first[tuple(slice(0, n) for n in status.shape)]
         new = self.successors(core_ids.numpy().ravel(), status.numpy().ravel())
         return torch.from_numpy(new.reshape(tuple(core_ids.shape))).expand(ids.shape)
+
+    def varies(self, labels: Tensor, dims: Iterable[int]) -> bool:
+        """Whether classes of labels differ along one of ``dims``."""
+        roots = self.labels.roots(small([labels])[0].numpy())
+        return any((roots != roots.take([0], axis=dim)).any() for dim in dims)
+
+    def add_up(self, labels: Tensor, dims: Sequence[int]) -> Tensor:
+        """Return labels of a sum over ``dims``, size 1 there: what is 0 when dead may leave it."""
+        dims = sorted({d % labels.dim() for d in dims}) if labels.dim() else []
+        if not self.varies(labels, dims):
+            return self.collapse(labels, dims, "")
+        core = small([labels])[0].numpy()
+        reason = f"{self.where} sums over it and it is not 0 when dead"
+        self.labels.freeze(core[self.labels.dead[core] != 0], reason)
+        self.labels.require(core)
+        if not self.varies(labels, [d for d in range(labels.dim()) if d not in dims]):
+            return blank(1 if d in dims else n for d, n in enumerate(labels.shape))
+        why = f"{self.where} sums over it together with what cannot be removed"
+        return self.collapse(labels, dims, why)
 
     def channels(self, labels: Tensor, dim: int) -> Ids:
         """Return one label per index of ``dim``, merging what varies along other dimensions."""
@@ -182,19 +219,32 @@ class Reader:
         return self.successors(rows[:, 0].copy(), self.labels.dead[rows].max(axis=1))
 
     def follow(self, value: Any, dim: int, ids: Ids, role: str) -> bool:
-        """Tie the indices of a weight or buffer to labels; False where there is no such tensor."""
+        """Tie the indices of a weight or buffer to labels; whether masking can make it 0.
+
+        Buffers lose the same indices but no ticket masks them. What is computed, or has no name to
+        be cut by, holds the labels back.
+        """
         name = value.name if isinstance(value, Weight | Known) else None
         if name is None:
+            reason = f"{self.where} joins it with what cannot be cut by name"
+            if isinstance(value, Tensor):
+                self.labels.freeze(small([value])[0].numpy(), reason)
+            if value is not None:
+                self.labels.freeze(ids, reason)
             return False
         shape = value.shape if isinstance(value, Weight) else tuple(value.value.shape)
+        if not isinstance(value, Weight):
+            role = "statistic"
         own = self.labels.axis(Axis(name, dim, shape[dim], role))
         self.labels.merge(own, ids, f"{self.where} shares it with what cannot be removed")
-        return True
+        return isinstance(value, Weight)
 
     def unknown(self, *values: Any, reason: str | None = None) -> Any:
         """Freeze everything that is read here and return unlabelled results."""
         assert self.node is not None
         for value in flatten(values):
+            if isinstance(value, Weight):
+                self.unread.setdefault(value.name, reason or f"{self.where} is not understood")
             if isinstance(value, Tensor | Weight):
                 core = small([self.labels_of(value)])[0]
                 self.labels.freeze(core.numpy(), reason or f"{self.where} is not understood")
@@ -227,99 +277,3 @@ def blank_like(value: Any) -> Any:
     if isinstance(value, Tensor):
         return blank(shape_of(value))
     return _number(value) if isinstance(value, torch.SymInt) else value
-
-
-def read(program: Program) -> Reader:
-    """Walk the program once."""
-    reader = Reader(program)
-    for node in program.module.graph.nodes:
-        reader.node = node
-        value = _value(reader, node)
-        reader.values[node] = (
-            reader.labels.simplify(tidy(value)) if isinstance(value, Tensor) else value
-        )
-    later, reader.labels.frozen = reader.labels.frozen, []
-    for labels, dims, reason in reader.flat:
-        roots = torch.from_numpy(reader.labels.roots(small([labels])[0].numpy()))
-        first = roots
-        for dim in dims:
-            first = first.narrow(dim, 0, 1)
-        odd = (roots != first).any(dim=dims, keepdim=True).expand(roots.shape)
-        reader.labels.freeze(roots[odd].numpy(), reason)
-    reader.labels.frozen += later
-    return reader
-
-
-def _value(reader: Reader, node: fx.Node) -> Any:
-    if node.op == "placeholder":
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.dim():
-            reader.batch = shape_of(value)[0]
-        return blank_like(value)
-    if node.op == "get_attr":
-        return _attribute(reader, str(node.target))
-    args = fx.map_arg(node.args, reader.values.__getitem__)
-    kwargs = fx.map_arg(node.kwargs, reader.values.__getitem__)
-    if node.op == "output":
-        return reader.unknown(args, reason="it is an output of the model")
-    leaves = flatten((args, kwargs))
-    if op_name(node) == "sym_size" or not any(isinstance(x, Tensor | Weight) for x in leaves):
-        return _compute(reader, node, args, kwargs)
-    if node not in reader.program.variable:
-        return _compute(reader, node, *_example_values((args, kwargs)))
-    found = RULES.get(op_name(node))
-    if found is None:
-        return reader.unknown(args, kwargs)
-    return found(reader, *args, **kwargs)
-
-
-def _attribute(reader: Reader, target: str) -> Any:
-    value: Any = reader.program.module
-    for part in target.split("."):
-        value = getattr(value, part)
-    if not isinstance(value, Tensor):
-        return value
-    if target in reader.program.weights:
-        name = reader.program.weights[target]
-        reader.shapes[name] = tuple(value.shape)
-        return Weight(name, tuple(value.shape))
-    name_or_none = reader.program.buffers.get(target)
-    if name_or_none is not None:
-        reader.shapes[name_or_none] = tuple(value.shape)
-    if isinstance(value, nn.Parameter):
-        return blank(value.shape)
-    return Known(value.detach(), name_or_none)
-
-
-def _example_values(values: Any) -> Any:
-    """Stand-ins for activations where an operation looks at shape and type only."""
-
-    def stand_in(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(stand_in(item) for item in value)
-        if isinstance(value, dict):
-            return {key: stand_in(item) for key, item in value.items()}
-        if isinstance(value, Weight):
-            return torch.zeros(value.shape)
-        return torch.zeros(value.shape) if isinstance(value, Tensor) else value
-
-    return stand_in(values)
-
-
-def _compute(reader: Reader, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """Run an operation on plain values; its result does not depend on the input."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(plain(item) for item in value)
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return value.value if isinstance(value, Known) else value
-
-    if callable(node.target):
-        result = node.target(*plain(args), **plain(kwargs))
-    else:
-        return reader.unknown(args, kwargs)
-    if isinstance(result, tuple | list):
-        return tuple(Known(item) if isinstance(item, Tensor) else item for item in result)
-    return Known(result) if isinstance(result, Tensor) else result

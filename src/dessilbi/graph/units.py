@@ -14,8 +14,9 @@ from torch import nn
 
 from dessilbi.graph.labels import Axis, Ids
 from dessilbi.graph.program import ExampleInputs, read_program
-from dessilbi.graph.reader import Reader, read
+from dessilbi.graph.reader import Reader
 from dessilbi.graph.shapes import Rect, Shuffle, find_rects
+from dessilbi.graph.walking import read
 
 CLOSABLE = ("producer", "gate", "follower")
 
@@ -79,7 +80,7 @@ class ConstantColumns:
 
     axis: Axis
     columns: np.ndarray[Any, np.dtype[np.bool_]]
-    foldable: bool
+    bias: str | None
     node: str
 
 
@@ -116,6 +117,23 @@ class Graph:
     def num_blocks(self) -> int:
         """Number of removable blocks of the whole model."""
         return sum(unit.num_blocks for unit in self.units)
+
+    def even_groups(self, unit: Unit) -> list[Ids]:
+        """Return positions of the unit's blocks that grouped convolutions keep apart.
+
+        As many blocks must stay in each of these as in the others, or they cannot be removed.
+        """
+        kinds = []
+        for even in self.evens:
+            for rows in (even.inputs, even.outputs):
+                group = np.zeros(self.num_blocks, np.int64)
+                for number, blocks in enumerate(rows):
+                    group[blocks[blocks >= 0]] = number
+                kinds.append(group[unit.blocks])
+        if not kinds:
+            return [np.arange(unit.num_blocks)]
+        _, which = np.unique(np.stack(kinds), axis=1, return_inverse=True)
+        return [np.flatnonzero(which.ravel() == kind) for kind in range(which.max() + 1)]
 
     def __repr__(self) -> str:
         """One line per unit."""
@@ -173,7 +191,7 @@ def build_graph(reader: Reader) -> Graph:
     rects, shuffles = find_rects(reader, block_of_label)
     return Graph(
         units=_units(axes, parts, len(order)),
-        left_out=_left_out(placed, axes, roots, frozen),
+        left_out=_left_out(reader, placed, axes, roots, frozen),
         axes=axes,
         shapes=dict(reader.shapes),
         macs=dict(reader.macs),
@@ -183,7 +201,7 @@ def build_graph(reader: Reader) -> Graph:
         ),
         rects=rects,
         constants=tuple(
-            ConstantColumns(c.axis, block_of_label[c.labels] >= 0, c.foldable, c.node)
+            ConstantColumns(c.axis, block_of_label[c.labels] >= 0, c.bias, c.node)
             for c in reader.constants
         ),
         shuffles=shuffles,
@@ -226,6 +244,8 @@ def _place_elements(reader: Reader) -> dict[Axis, Ids]:
         shape = reader.shapes[axis.name]
         grid = labels.roots(ids).reshape(shape)
         dims = [d for d in range(len(shape)) if (grid != grid.take([0], axis=d)).any()]
+        if len(dims) != 1 and labels.held[grid].all():
+            continue  # its reason is told where it was frozen
         if len(dims) != 1:
             labels.freeze(ids, f"{axis.name} spreads it over {len(dims)} dimensions")
             continue
@@ -295,8 +315,13 @@ def _units(axes: Mapping[Axis, Ids], parts: list[Part], count: int) -> tuple[Uni
 
 
 def _left_out(
-    placed: Mapping[Axis, Ids], axes: Mapping[Axis, Ids], roots: Ids, frozen: Mapping[int, str]
+    reader: Reader,
+    placed: Mapping[Axis, Ids],
+    axes: Mapping[Axis, Ids],
+    roots: Ids,
+    frozen: Mapping[int, str],
 ) -> dict[str, str]:
+    """Why (some of) the rows of a weight cannot go; weights that no layer reads are listed too."""
     found: dict[str, str] = {}
     for axis, ids in placed.items():
         alone = axes[axis] < 0
@@ -305,4 +330,14 @@ def _left_out(
         root = int(roots[ids[alone]][0])
         share = "" if alone.all() else f"{int(alone.sum())} of {axis.size} rows: "
         found[axis.name] = share + frozen.get(root, "nothing that can be removed writes it")
+    known = {axis.name for axis in placed}
+    elements = {axis.name: axis for axis in reader.labels.axes if axis.dim == -1}
+    for name in reader.program.weights.values():
+        if len(reader.shapes[name]) < 2 or name in known:
+            continue
+        reason = reader.unread.get(name)
+        if reason is None and name in elements:
+            reason = frozen.get(int(roots[reader.labels.axis(elements[name])[0]]))
+        if reason is not None:
+            found[name] = reason
     return found

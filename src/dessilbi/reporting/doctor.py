@@ -3,10 +3,11 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path as FilePath
 
-from dessilbi.training.data import DATA_SETS
+from dessilbi.training.data import DATA_SETS, TEXTS, read_text
 from dessilbi.training.environment import environment
 
 
@@ -29,9 +30,13 @@ def findings(data_root: str | None) -> Iterator[tuple[str, str]]:
 
 def _data(root: str | None) -> Iterator[tuple[str, str]]:
     yield "data", root or "no folder given: use --data DIR or set $DESSILBI_DATA"
-    for name, source in DATA_SETS.items():
+    readers: dict[str, Callable[[], object]] = {
+        name: partial(source.read, root, False) for name, source in DATA_SETS.items()
+    }
+    readers |= {name: partial(read_text, root, file, name=name) for name, file in TEXTS.items()}
+    for name, read in readers.items():
         try:
-            source.read(root, False)
+            read()
             yield "", f"{name}: ready"
         except (OSError, ValueError) as error:
             yield "", f"{name}: {error}"

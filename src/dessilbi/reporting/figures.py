@@ -32,14 +32,13 @@ def save_path_figure(summary: Summary, file: str | FilePath) -> None:
             "figures need matplotlib, which is not installed: pip install matplotlib"
         ) from None
     rows = [row for row in summary.rows if row.epoch is not None]
-    if not rows:
+    if not summary.judged:
         raise ValueError(f"{summary.folder} has no judged points to draw: let the run go on")
     family = _family(summary)
     figure = Figure(figsize=(10.5 if family else 7, 3.6), layout="constrained")
     axes = figure.subplots(1, 3 if family else 2)
-    epochs = [row.epoch for row in rows]
-    _draw_layers(axes[0], epochs, [row.layers for row in rows])
-    _draw_accuracy(axes[1], epochs, rows)
+    _draw_layers(axes[0], [row.epoch for row in rows], [row.layers for row in rows])
+    _draw_accuracy(axes[1], [row.epoch for row in summary.judged], summary.judged)
     if family:
         _draw_family(axes[2], family)
     figure.savefig(file, metadata={"Date": None} if str(file).endswith(".svg") else None)

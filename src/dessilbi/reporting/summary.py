@@ -21,7 +21,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One recorded point. Accuracies are fractions; None where the run died before judging.
+    """One recorded point. Accuracies are fractions; None where the point was not judged.
 
     ``accuracy`` is that of W on the test split, ``ticket_accuracy`` that of W on supp(Gamma) with
     nothing retrained, ``gamma_accuracy`` that of Gamma; ``val_...`` are on the validation split.
@@ -47,6 +47,11 @@ class Summary:
     folder: FilePath
     recipe: dict[str, Any]
     rows: tuple[Row, ...]
+
+    @property
+    def judged(self) -> tuple[Row, ...]:
+        """The points whose accuracies were measured."""
+        return tuple(row for row in self.rows if row.accuracy is not None)
 
     def to_json(self) -> dict[str, Any]:
         """Return {"points": [...]} as plain values."""

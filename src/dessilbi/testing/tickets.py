@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from dessilbi.closing import close_on
-from dessilbi.graph import Graph, Unit, read_graph
-from dessilbi.graph.labels import Ids
+from dessilbi.graph import read_graph
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.ticket import TensorSpec, Ticket
 
@@ -38,41 +37,21 @@ def random_ticket(
         told = "; ".join(f"{name}: {why}" for name, why in list(graph.left_out.items())[:3])
         raise ValueError(f"nothing in {type(model).__name__} can be removed ({told})")
     generator = torch.Generator().manual_seed(seed)
-    strata = _strata(graph)
     alive = np.zeros(graph.num_blocks, bool)
     for unit in graph.units:
-        for group in _groups(unit, strata):
+        for group in graph.even_groups(unit):
             count = max(1, round(density * len(group)))
             order = torch.randperm(len(group), generator=generator).numpy()
-            alive[group[order[:count]]] = True
+            alive[unit.blocks[group[order[:count]]]] = True
     masks: dict[str, torch.Tensor] = {}
     specs: dict[str, TensorSpec] = {}
+    written = {(m.name, m.dim) for unit in graph.units for m in unit.producers}
     for unit in graph.units:
         for member in unit.producers:
             shape = graph.shapes[member.name]
-            block = tuple(1 if d == member.dim else None for d in range(len(shape)))
+            block = tuple(1 if (member.name, d) in written else None for d in range(len(shape)))
             spec = specs.setdefault(member.name, TensorSpec(shape, block))
             mask = masks.setdefault(member.name, torch.ones(spec.grid, dtype=torch.bool))
             dead = member.index[~alive[unit.blocks]].ravel()
             mask.index_fill_(member.dim, torch.from_numpy(dead), False)
     return close_on(graph, Ticket(masks, specs, {"order": "random", "seed": seed}))
-
-
-def _strata(graph: Graph) -> list[Ids]:
-    """Block -> group, for every grouped convolution that reads or writes it."""
-    found = []
-    for even in graph.evens:
-        for rows in (even.inputs, even.outputs):
-            stratum = np.zeros(graph.num_blocks, np.int64)
-            for number, blocks in enumerate(rows):
-                stratum[blocks[blocks >= 0]] = number
-            found.append(stratum)
-    return found
-
-
-def _groups(unit: Unit, strata: list[Ids]) -> list[Ids]:
-    if not strata:
-        return [unit.blocks]
-    kinds = np.stack([stratum[unit.blocks] for stratum in strata])
-    _, which = np.unique(kinds, axis=1, return_inverse=True)
-    return [unit.blocks[which.ravel() == kind] for kind in range(which.max() + 1)]

@@ -23,7 +23,10 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(not kept)
 
 
-_PACKAGES = ("dessilbi", "torch", "numpy", "safetensors", "scikit-learn", "pydantic", "typer")
+_PACKAGES = (
+    *("dessilbi", "torch", "lightning-fabric", "numpy", "safetensors", "scikit-learn"),
+    *("pydantic", "typer"),
+)
 
 
 def environment() -> dict[str, Any]:

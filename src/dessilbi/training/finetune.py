@@ -6,20 +6,20 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import safetensors.torch
-import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from dessilbi.path import Order, Path
 from dessilbi.runs import Run
 from dessilbi.ticket import Ticket
-from dessilbi.training.data import Data, batches, load_data
+from dessilbi.training.data import Data
 from dessilbi.training.environment import flushed_denormals
 from dessilbi.training.evaluation import accuracy, masked
-from dessilbi.training.models import build_model
+from dessilbi.training.ingredients import data_of, model_of
+from dessilbi.training.objective import loss_of
 from dessilbi.training.recipes import FinetuneRecipe, Recipe, validate_recipe
+from dessilbi.training.schedules import multiplier
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,8 @@ def load_trained(run: Run, *, data_root: str | None = None) -> Trained:
         raise FileNotFoundError(
             f"{run.folder} has no {run.model.name}: the run did not finish; train it again"
         )
-    data = load_data(
-        recipe.data,
-        root=data_root,
-        validation=recipe.validation,
-        seed=recipe.seed,
-        normalise=recipe.normalise,
-    )
-    model = build_model(
-        recipe.model, num_classes=data.num_classes, in_channels=data.in_channels, seed=recipe.seed
-    )
+    data = data_of(recipe, root=data_root)
+    model = model_of(recipe, data)
     try:
         model.load_state_dict(safetensors.torch.load_file(run.model))
     except (safetensors.SafetensorError, RuntimeError) as error:
@@ -75,7 +67,7 @@ def load_trained(run: Run, *, data_root: str | None = None) -> Trained:
 def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.Module:
     """Return a copy of the trained model, masked and trained further under the mask.
 
-    SGD on the living weights with a cosine schedule to 0; dead blocks stay exactly zero.
+    SGD on the living weights with the settings' schedule; dead blocks stay exactly zero.
     """
     data, batch_size = trained.data, trained.recipe.batch_size
     model = deepcopy(trained.model)
@@ -84,17 +76,21 @@ def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.M
         lr=settings.lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
     )
     handle = ticket.enforce(model, optimizer)
-    steps = settings.epochs * -(-len(data.train.targets) // batch_size)
-    scheduler = CosineAnnealingLR(optimizer, T_max=max(1, steps))
-    generator = torch.Generator().manual_seed(trained.recipe.seed)
+    steps = settings.epochs * data.train.steps_per_epoch(batch_size)
+    scheduler = LambdaLR(
+        optimizer, lambda step: multiplier(settings.schedule, step, max(1, steps), settings.epochs)
+    )
     model.train()
     with flushed_denormals():
-        for _ in range(settings.epochs):
-            for inputs, targets in batches(data.train, batch_size, generator=generator):
+        for epoch in range(settings.epochs):
+            for inputs, targets in data.train.batches(
+                epoch, batch_size=batch_size, seed=trained.recipe.seed
+            ):
                 optimizer.zero_grad()
-                cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+                loss_of(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 scheduler.step()
     handle.remove()

@@ -1,242 +1,190 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: a recipe becomes a run folder with the weights, the path and its metrics."""
 
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-import safetensors.torch
-import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
-from dessilbi.groups import param_groups
-from dessilbi.optimizer import DessiLBI
-from dessilbi.path import Path
-from dessilbi.runs import Run, TrainingError, create_run
-from dessilbi.storage import append_line, write_atomic, write_json
-from dessilbi.training.data import DATA_SETS, Data, batches, load_data
-from dessilbi.training.environment import environment, flushed_denormals
-from dessilbi.training.evaluation import accuracy, masked, with_weights
-from dessilbi.training.models import MODELS, build_model
+from dessilbi.runs import Run, TrainingError
+from dessilbi.storage import read_json
+from dessilbi.training.checkpoints import Checkpoint
+from dessilbi.training.engine import Engine, Strategy, engine_for, num_processes
+from dessilbi.training.environment import flushed_denormals
+from dessilbi.training.objective import loss_of
+from dessilbi.training.opening import compare, new_run, owned, watching_of
 from dessilbi.training.progress import Reporter, Silent
-from dessilbi.training.recipes import OptimizerRecipe, Recipe, RecipeError
-from dessilbi.training.schedules import multiplier, path_time
-from dessilbi.wrapping import Wrapped, wrap
+from dessilbi.training.randomness import seeded
+from dessilbi.training.recipes import Recipe, validate_recipe
+from dessilbi.training.session import Session, find_checkpoint
+from dessilbi.training.setting import Setting, prepare
+from dessilbi.training.stopping import Stop, stoppable
+from dessilbi.training.watching import Tracker, Watching, check_tensorboard
+
+__all__ = ["TrainingError", "resume", "train"]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Everything one run needs, ready to step."""
-
-    recipe: Recipe
-    data: Data
-    model: nn.Module
-    optimizer: DessiLBI | Wrapped
-    scheduler: LambdaLR
-    total_steps: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch."""
-        return self.total_steps // self.recipe.epochs
+def fit(session: Session, stop: Stop) -> bool:
+    """Train from where the session stands; return whether the end was reached."""
+    setting = session.setting
+    setting.module.train()
+    session.settle()  # what the checkpoint left open
+    while session.position.epoch < setting.recipe.epochs:
+        for inputs, targets in session.batches():
+            setting.set_lr(session.position.step)
+            step(session, inputs, targets)
+            if session.after_step(stop):
+                return False
+    return True
 
 
-def prepare(recipe: Recipe, *, data_root: str | FilePath | None, download: bool = False) -> Setting:
-    """Load the data and build model, optimizer and schedule.
-
-    Raises:
-        RecipeError: The recipe names an unknown model or data set, or a rule does not fit.
-        ValueError: A data file is damaged.
-        FileNotFoundError: The data is not there; the message names the expected files.
-    """
-    for field, value, known in (
-        ("model", recipe.model, MODELS),
-        ("data", recipe.data, DATA_SETS),
-    ):
-        if value not in known:
-            raise RecipeError(
-                f"recipe {recipe.name}: {field}={value!r} is not known: use {', '.join(known)}"
-            )
-    data = load_data(
-        recipe.data,
-        root=data_root,
-        validation=recipe.validation,
-        seed=recipe.seed,
-        download=download,
-        normalise=recipe.normalise,
-    )
-    try:
-        model = build_model(
-            recipe.model,
-            num_classes=data.num_classes,
-            in_channels=data.in_channels,
-            seed=recipe.seed,
-        )
-        groups = param_groups(model, recipe.structure)
-        optimizer = build_optimizer(groups, recipe.optimizer)
-    except ValueError as error:
-        raise RecipeError(f"recipe {recipe.name}: {error}") from None
-    steps_per_epoch = math.ceil(len(data.train.targets) / recipe.batch_size)
-    total_steps = recipe.epochs * steps_per_epoch
-    scheduler = LambdaLR(
-        optimizer, lambda step: multiplier(recipe.schedule, step, total_steps, recipe.epochs)
-    )
-    return Setting(recipe, data, model, optimizer, scheduler, total_steps)
-
-
-def build_optimizer(groups: list[dict[str, Any]], options: OptimizerRecipe) -> DessiLBI | Wrapped:
-    """Return DessiLBI, or AdamW wrapped in its dynamics.
-
-    Raises:
-        ValueError: The options do not fit the groups.
-    """
-    if options.base == "sgd":
-        return DessiLBI(groups, **options.model_dump(exclude={"base"}))
-    base = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
-    coupling = options.model_dump(include={"nu", "lam", "kappa", "block_scale"})
-    return wrap(base, **coupling)
+def step(session: Session, inputs: Tensor, targets: Tensor) -> None:
+    """Take one optimizer step on one batch, in as many pieces as the recipe says."""
+    setting, engine, totals = session.setting, session.engine, session.totals
+    recipe, module = setting.recipe, setting.module
+    setting.stepper.zero_grad()
+    parts = inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate)
+    left = len(parts[0])
+    for given, wanted in zip(*parts, strict=True):
+        left -= 1
+        with engine.unsynchronised(module, when=left > 0):
+            outputs = module(given)
+            loss = loss_of(outputs, wanted)
+            totals.add(loss, outputs, wanted)
+            session.check_loss()
+            engine.backward(loss * (len(wanted) / len(targets)))
+    if recipe.clip_norm is not None:
+        engine.clip(module, setting.stepper, recipe.clip_norm)
+    setting.stepper.step()
 
 
 def train(
     recipe: Recipe,
-    out: str | FilePath,
+    out: str | FilePath | None = None,
     *,
     data_root: str | FilePath | None = None,
     download: bool = False,
     reporter: Reporter | None = None,
+    device: str = "auto",
+    strategy: Strategy | None = None,
+    trackers: Sequence[Tracker] = (),
+    draw: bool = False,
 ) -> Run:
     """Train a recipe and return its run folder.
 
     Args:
         recipe: What to train.
-        out: The run folder; it must not hold files.
+        out: The run folder; it must not hold files. By default the first free one under "runs".
         data_root: Folder of the data sets in torchvision's layout.
         download: Fetch missing data.
         reporter: Hears of the progress.
+        device: "auto", "cpu", "cuda" or "mps".
+        strategy: How the processes that torchrun started share the work: "ddp" or "fsdp2".
+        trackers: Hear of every value; any logger of Lightning will do.
+        draw: Also write curves for TensorBoard into the run folder.
 
     Raises:
-        ValueError, FileNotFoundError: As :func:`prepare`; nothing has been written.
+        ValueError, FileNotFoundError, ImportError: As :func:`prepare`; nothing has been written.
         FileExistsError: ``out`` holds files.
         TrainingError: The loss is not finite.
         OSError: The disk is full or not writable; what was written stays.
     """
-    setting = prepare(recipe, data_root=data_root, download=download)
-    run = create_run(out)
-    write_json(run.recipe, recipe.model_dump())
-    write_json(run.environment, environment())
-    write_atomic(run.init, safetensors.torch.save(setting.model.state_dict()))
-    run.set_status("running")
-    try:
-        with flushed_denormals():
-            summary = _run(setting, run, reporter or Silent())
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        with suppress(OSError):
-            run.set_status("interrupted" if interrupted else "failed", reason=str(error))
-        raise
-    run.set_status("finished", **summary)
+    if draw:
+        check_tensorboard()
+    with engine_for(recipe.precision, device=device, strategy=strategy) as engine:
+        setting = prepare(recipe, engine, data_root=data_root, download=download)
+        run = engine.on_first(lambda: new_run(setting, engine, out, data_root))
+        with owned(run, engine):
+            watching = watching_of(run, engine, reporter, trackers, draw=draw, step=0)
+            _go(setting, engine, watching, None)
     return run
 
 
-def _run(setting: Setting, run: Run, reporter: Reporter) -> dict[str, float]:
-    recipe, total_steps = setting.recipe, setting.total_steps
-    path = Path(
-        setting.optimizer,
-        every=max(1, total_steps // recipe.points),
-        total_time=path_time(recipe.schedule, recipe.optimizer.path_lr, total_steps, recipe.epochs),
-        file=run.path,
-    )
-    began = time.monotonic()
-    reporter.start(
-        f"{recipe.name}: {recipe.epochs} epochs, {total_steps:,} steps -> {run.folder}", total_steps
-    )
+def resume(
+    folder: str | FilePath,
+    *,
+    data_root: str | FilePath | None = None,
+    reporter: Reporter | None = None,
+    device: str | None = None,
+    strategy: Strategy | None = None,
+    trackers: Sequence[Tracker] = (),
+    draw: bool = False,
+) -> Run:
+    """Go on with a run from its newest checkpoint, or from its beginning if it has none.
 
-    def at_point(loss: float) -> None:
-        facts = _judge(setting, path)
-        told = {"loss": loss, "acc": facts["val_accuracy"], "density": path.points[-1].density}
-        reporter.update(path.step, told)
+    On the same machine the outcome is the same to the bit as if it had never been cut. Arguments
+    are those of :func:`train`; data and device are by default those of the run.
 
-    try:
-        generator = torch.Generator().manual_seed(recipe.seed)
-        for epoch in range(1, recipe.epochs + 1):
-            loss, correct = _epoch(setting, path, generator, at_point)
-            append_line(
-                run.metrics,
-                {
-                    "epoch": epoch,
-                    "step": path.step,
-                    "time": path.time,
-                    "loss": loss,
-                    "train_accuracy": correct,
-                    "lr": float(setting.optimizer.param_groups[0]["lr"]),
-                },
-            )
-        if path.points[-1].step != path.step:
-            path.record()
-            at_point(loss)
-    finally:
-        reporter.finish()
-    write_atomic(run.model, safetensors.torch.save(setting.model.state_dict()))
-    path.save_scores(run.scores)
-    last = path.points[-1].metrics
-    return {
-        "steps": path.step,
-        "seconds": time.monotonic() - began,
-        "accuracy": last["accuracy"],
-        "density": path.points[-1].density,
-    }
-
-
-def _epoch(
-    setting: Setting, path: Path, generator: torch.Generator, at_point: Callable[[float], None]
-) -> tuple[float, float]:
-    """One pass over the training data; returns its mean loss and accuracy."""
-    model, optimizer = setting.model, setting.optimizer
-    total, correct, seen = 0.0, 0, 0
-    model.train()
-    for inputs, targets in batches(
-        setting.data.train, setting.recipe.batch_size, generator=generator
+    Raises:
+        FileNotFoundError: The folder is no run folder.
+        ValueError: A file of it is damaged.
+        BusyError: Another process works on it.
+        TrainingError, OSError: As :func:`train`.
+    """
+    run = Run(FilePath(folder))
+    recipe = validate_recipe(run.read_recipe(), origin=str(run.recipe))
+    before = read_json(run.environment)
+    if draw:
+        check_tensorboard()
+    reporter, trained_on = reporter or Silent(), before.get("engine", {})
+    if _is_finished(run):
+        reporter.say(f"{run.folder} is finished: there is nothing to resume")
+        return run
+    device = device or trained_on.get("device", "auto")
+    if num_processes() > 1:
+        strategy = strategy or trained_on.get("strategy")
+    with (
+        engine_for(recipe.precision, device=device, strategy=strategy) as engine,
+        owned(run, engine),
     ):
-        optimizer.zero_grad()
-        outputs = model(inputs)
-        loss = cross_entropy(outputs, targets)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} at step {path.step + 1}: lower optimizer.lr "
-                f"(now {optimizer.param_groups[0]['lr']:.3g}) or raise optimizer.nu; "
-                f"the path up to step {path.step} is kept"
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        setting.scheduler.step()
-        total += value * len(targets)
-        correct += int((outputs.argmax(dim=1) == targets).sum())
-        seen += len(targets)
-        if path.points and path.points[-1].step == path.step:
-            at_point(value)
-    return total / seen, correct / seen
+        if engine.on_first(lambda: _is_finished(run)):  # while we waited for the lock
+            return run
+        setting = prepare(recipe, engine, data_root=data_root or before.get("data"))
+        checkpoint = engine.on_first(lambda: find_checkpoint(run, engine))
+        start = checkpoint.step if checkpoint else 0
+        watching = watching_of(run, engine, reporter, trackers, draw=draw, step=start)
+        watching.reporter.say(f"resuming {run.folder} after step {start}")
+        if checkpoint is not None and engine.first:
+            compare(checkpoint.facts["engine"], engine.facts())
+        _go(setting, engine, watching, checkpoint)
+    return run
 
 
-def _judge(setting: Setting, path: Path) -> dict[str, float]:
-    """Log the accuracies of W, of the ticket on supp(Gamma) and of Gamma at the latest point."""
-    data, model, optimizer = setting.data, setting.model, setting.optimizer
-    ticket = masked(model, optimizer.support(), data.train)
-    shown = with_weights(model, optimizer.gamma(), data.train)
-    facts = {
-        "epoch": path.step / setting.steps_per_epoch,
-        "accuracy": accuracy(model, data.test),
-        "ticket_accuracy": accuracy(ticket, data.test),
-        "gamma_accuracy": accuracy(shown, data.test),
-        "val_accuracy": accuracy(model, data.validation),
-        "val_ticket_accuracy": accuracy(ticket, data.validation),
-    }
-    path.log(**facts)
-    return facts
+def _go(
+    setting: Setting, engine: Engine, watching: Watching, checkpoint: Checkpoint | None
+) -> None:
+    """Train, and write down how it ended; a signal that ended it is passed on at last."""
+    recipe, run, status = setting.recipe, watching.run, "running"
+    with stoppable() as stop:
+        try:
+            _set_status(run, engine, status)
+            with flushed_denormals(), seeded((recipe.seed, engine.rank), engine.device):
+                session = Session(setting, engine, watching, checkpoint)
+                title = f"{recipe.name}: {recipe.epochs} epochs, {setting.total_steps:,} steps"
+                done = session.position.step
+                watching.reporter.start(f"{title} -> {run.folder}", setting.total_steps, done)
+                finished = fit(session, stop)
+                facts = session.finish() if finished else {"step": session.position.step}
+            status = "finished" if finished else "interrupted"
+            _set_status(run, engine, status, **facts)
+            if not finished:
+                told = f"saved after step {session.position.step}"
+                watching.reporter.say(f"{told}; go on with: dessilbi train --resume {run.folder}")
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with suppress(OSError):
+                _set_status(run, engine, status, reason=str(error))
+            raise
+        finally:
+            watching.close(status)
+
+
+def _is_finished(run: Run) -> bool:
+    return bool(run.read_status()["status"] == "finished")
+
+
+def _set_status(run: Run, engine: Engine, status: str, **facts: Any) -> None:
+    if engine.first:
+        run.set_status(status, **facts)

@@ -12,8 +12,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class Reporter(Protocol):
     """What the loop tells about its progress."""
 
-    def start(self, title: str, total_steps: int) -> None:
-        """A run begins."""
+    def say(self, text: str) -> None:
+        """Something a person should know."""
+
+    def start(self, title: str, total_steps: int, done: int) -> None:
+        """A run begins, or goes on after ``done`` steps."""
 
     def update(self, step: int, facts: dict[str, float]) -> None:
         """A point was recorded after ``step`` steps; facts are loss, accuracy and density."""
@@ -25,7 +28,10 @@ class Reporter(Protocol):
 class Silent:
     """Tells nothing."""
 
-    def start(self, title: str, total_steps: int) -> None:
+    def say(self, text: str) -> None:
+        """Tell nothing."""
+
+    def start(self, title: str, total_steps: int, done: int) -> None:
         """Tell nothing."""
 
     def update(self, step: int, facts: dict[str, float]) -> None:
@@ -44,13 +50,18 @@ class Lines:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self._total = 0
+        self._total = self._done = 0
         self._next = 0.0
         self._began = 0.0
 
-    def start(self, title: str, total_steps: int) -> None:
+    def say(self, text: str) -> None:
+        """Print it."""
+        print(text, file=self._stream, flush=True)
+
+    def start(self, title: str, total_steps: int, done: int) -> None:
         """Print the title."""
-        self._total, self._next, self._began = total_steps, 0.0, time.monotonic()
+        self._total, self._done, self._next = total_steps, done, 0.0
+        self._began = time.monotonic()
         print(title, file=self._stream, flush=True)
 
     def update(self, step: int, facts: dict[str, float]) -> None:
@@ -58,7 +69,8 @@ class Lines:
         if step < self._next and step < self._total:
             return
         self._next = step + self._total / 20
-        seconds = (time.monotonic() - self._began) / step * (self._total - step)
+        passed = max(1, step - self._done)
+        seconds = (time.monotonic() - self._began) / passed * (self._total - step)
         line = f"step {step}/{self._total}  {_told(facts)}  {seconds:.0f} s left"
         print(line, file=self._stream, flush=True)
 
@@ -79,10 +91,14 @@ class Bar:
             console=console,
         )
 
-    def start(self, title: str, total_steps: int) -> None:
+    def say(self, text: str) -> None:
+        """Print it above the bar."""
+        self._progress.console.print(text)
+
+    def start(self, title: str, total_steps: int, done: int) -> None:
         """Show the bar."""
         self._progress.console.print(title)
-        self._task = self._progress.add_task("train", total=total_steps, told="")
+        self._task = self._progress.add_task("train", total=total_steps, completed=done, told="")
         self._progress.start()
 
     def update(self, step: int, facts: dict[str, float]) -> None:

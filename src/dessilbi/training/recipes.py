@@ -6,11 +6,22 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 SUFFIX = ".toml"
+DEFAULT_NU = 100.0  # DessiLBI's own
 
 
 class RecipeError(ValueError):
@@ -34,6 +45,8 @@ def _rule(rule: object) -> object:
     if isinstance(rule, list | tuple):
         return tuple(None if length == "all" else length for length in rule)
     if isinstance(rule, dict):
+        if set(rule) == {"structure"}:  # as TOML writes a plain structure among tables
+            return _rule(rule["structure"])
         told = {key: _threshold(value) for key, value in rule.items()}
         return told | ({"structure": _rule(told["structure"])} if "structure" in told else {})
     return rule
@@ -57,20 +70,35 @@ class _Part(BaseModel):
 class OptimizerRecipe(_Part):
     """Options of DessiLBI, or of wrap around AdamW; see their docstrings.
 
-    With ``base = "adamw"`` AdamW moves the weights, with ``lr`` and ``weight_decay``;
-    momentum, dampening and nesterov do not apply.
+    ``R`` = T/nu may be given instead of ``nu``: T is kappa times the sum of the learning rate over
+    the whole schedule, so that ``nu`` follows the number of epochs. With ``base = "adamw"`` AdamW
+    moves the weights, with ``lr`` and ``weight_decay``; momentum, dampening and nesterov do not
+    apply. ``lam_filter`` is the ``lam`` of whole filters, which have larger norms than single
+    weights, and of units; without it theirs is ``lam``. A rule of the structure goes before both.
     """
 
     base: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.1
     kappa: Positive = 1.0
-    nu: Positive = 100.0
+    nu: Positive | None = None
+    R: Positive | None = None
     lam: Threshold = 1.0
+    lam_filter: Threshold | None = None
     momentum: NonNegative = 0.9
     dampening: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     weight_decay: NonNegative = 0.0
     nesterov: bool = False
     block_scale: Literal["unit", "sqrt"] = "unit"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nu_or_ratio(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = [name for name in ("nu", "R") if values.get(name) is not None]
+        if len(given) == 2:
+            raise ValueError("give nu or R = T/nu, not both")
+        return values if given else values | {"nu": DEFAULT_NU}
 
     @property
     def path_lr(self) -> float:
@@ -92,21 +120,50 @@ class ScheduleRecipe(_Part):
     hold: Annotated[float, Field(gt=0, lt=1)] = 0.75
 
 
-class FinetuneRecipe(_Part):
-    """Masked fine-tuning of a ticket: SGD on the living weights, cosine to 0."""
+class _MaskedTraining(_Part):
+    """SGD on the living weights of a ticket; dead ones stay zero."""
+
+    momentum: NonNegative = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegative = 0.0
+
+
+class FinetuneRecipe(_MaskedTraining):
+    """Masked training that goes on from the trained weights."""
 
     epochs: Annotated[int, Field(ge=0)] = 2
     lr: Positive = 0.02
-    momentum: NonNegative = 0.9
-    weight_decay: NonNegative = 0.0
+    schedule: ScheduleRecipe = ScheduleRecipe(kind="cosine")
+
+
+class RetrainRecipe(_MaskedTraining):
+    """Masked training that starts again from the initialisation of the run."""
+
+    epochs: Annotated[int, Field(ge=1)]
+    lr: Positive
+    schedule: ScheduleRecipe = ScheduleRecipe()
 
 
 class Recipe(_Part):
     """One experiment, complete: the same recipe and machine give the same numbers.
 
-    ``normalise``: shift and scale pixels by the set's mean and deviation; else they are in [0, 1].
-    ``structure``: glob of parameter names -> structure or table of group options, see param_groups.
-    ``validation``: training samples kept apart for every choice. ``points``: of the path, about.
+    What is trained:
+        ``model``: a name of ours, or "torchvision:NAME" or "timm:NAME". ``data``: a data set.
+        ``normalise``: shift and scale pixels by the set's mean and deviation; else they are in
+        [0, 1]. ``augment``: crop and flip training images at random, where the data set does.
+        ``validation``: training samples kept apart for every choice. ``image_size``: pixels of a
+        side, for folders of images. ``length``: characters of a sample, for texts.
+    How:
+        ``batch_size``: samples of one step, over all processes; ``accumulate`` cuts them into so
+        many pieces that pass one after the other. ``clip_norm``: the largest norm of the gradient.
+        ``structure``: glob of parameter names -> structure or table of group options, see
+        param_groups. ``coupled``: filters that meet in a sum live or die together.
+    What is kept:
+        ``points``: of the path, about; ``judged``: how many of them are judged for accuracy, by
+        default what a tenth of the training's cost allows. ``checkpoint_every``: epochs, also
+        fractions of one; ``keep_checkpoints``: the latest so many, and the best beside them.
+    With what:
+        ``precision`` of the forward pass, ``compile`` the model, ``workers`` that decode images.
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -115,15 +172,36 @@ class Recipe(_Part):
     model: str
     data: str
     normalise: bool = True
+    augment: bool = True
+    image_size: Annotated[int, Field(ge=8)] | None = None
+    length: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    clip_norm: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validation: Annotated[int, Field(ge=1)]
     points: Annotated[int, Field(ge=1)] = 100
+    judged: Annotated[int, Field(ge=1)] | None = None
+    checkpoint_every: Positive = 1.0
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    compile: bool = False
+    workers: Annotated[int, Field(ge=0)] = 2
+    coupled: bool = False
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     finetune: FinetuneRecipe = FinetuneRecipe()
+    retrain: RetrainRecipe | None = None
     structure: Annotated[dict[str, Any], BeforeValidator(_rules)] = Field(default_factory=dict)
+
+    @field_validator("accumulate")
+    @classmethod
+    def _divides(cls, value: int, info: ValidationInfo) -> int:
+        batch_size = info.data.get("batch_size", value)
+        if batch_size % value:
+            raise ValueError(f"batch_size={batch_size} must be a multiple of it")
+        return value
 
 
 def recipe_names() -> list[str]:
@@ -180,11 +258,56 @@ def _fields_of(field: str) -> str:
     part: type[BaseModel] = Recipe
     where = "a recipe"
     for step in field.split(".")[:-1]:
-        inner = part.model_fields[step].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        annotation = part.model_fields[step].annotation
+        inner = next((t for t in (annotation, *get_args(annotation)) if _is_part(t)), None)
+        if inner is None:
             break
         part, where = inner, step
     return f"{where} has {', '.join(part.model_fields)}"
+
+
+def _is_part(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Return a recipe as the text of a file of one's own, every value written out.
+
+    What has no value is left out. It reads back as the same recipe.
+    """
+    import tomli_w
+
+    values = recipe.model_dump()
+    rules = values.pop("structure")
+    return tomli_w.dumps(_without_none(values) | {"structure": _told_rules(rules)})
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def _told_rules(rules: dict[str, Any]) -> dict[str, Any]:
+    """Write rules in the words that ``_rules`` reads, in their order: the first match decides."""
+    told = {pattern: _told_rule(rule) for pattern, rule in rules.items()}
+    if not any(isinstance(rule, dict) for rule in told.values()):
+        return told
+    # TOML writes tables last, so either all are tables or none.
+    return {
+        pattern: rule if isinstance(rule, dict) else {"structure": rule}
+        for pattern, rule in told.items()
+    }
+
+
+def _told_rule(rule: Any) -> Any:
+    if isinstance(rule, dict):
+        return {key: _told_rule(value) for key, value in rule.items()}
+    if isinstance(rule, list | tuple):
+        return ["all" if length is None else length for length in rule]
+    return "none" if rule is None else rule
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -217,6 +340,8 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         values = values.setdefault(step, {})
         if not isinstance(values, dict):
             raise RecipeError(f"--set {assignment!r}: {step} has no fields of its own")
+    if keys in (["optimizer", "nu"], ["optimizer", "R"]):
+        values.pop("nu" if keys[1] == "R" else "R", None)  # one follows from the other
     try:
         values[keys[-1]] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

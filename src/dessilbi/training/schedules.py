@@ -3,7 +3,7 @@
 
 import math
 
-from dessilbi.training.recipes import ScheduleRecipe
+from dessilbi.training.recipes import OptimizerRecipe, Recipe, ScheduleRecipe
 
 
 def multiplier(schedule: ScheduleRecipe, step: int, total_steps: int, epochs: int) -> float:
@@ -41,3 +41,22 @@ def _cosine(progress: float) -> float:
 def path_time(schedule: ScheduleRecipe, lr: float, total_steps: int, epochs: int) -> float:
     """Return T, the sum of the learning rate over the whole run."""
     return lr * sum(multiplier(schedule, i, total_steps, epochs) for i in range(total_steps))
+
+
+def optimizer_of(recipe: Recipe, total_steps: int) -> OptimizerRecipe:
+    """Return the recipe's optimizer with ``nu`` as a number: as given, or T/R.
+
+    Args:
+        recipe: The recipe.
+        total_steps: Steps of the whole run.
+
+    >>> values = {"name": "x", "model": "lenet", "data": "digits", "epochs": 1, "batch_size": 1}
+    >>> recipe = Recipe(**values, validation=1, optimizer={"lr": 0.1, "R": 10})
+    >>> round(optimizer_of(recipe, total_steps=1000).nu, 6)
+    10.0
+    """
+    options = recipe.optimizer
+    if options.R is None:
+        return options
+    time = path_time(recipe.schedule, options.path_lr, total_steps, recipe.epochs)
+    return options.model_copy(update={"nu": options.kappa * time / options.R, "R": None})

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual networks for small images: three stages of widths 16, 32 and 64.
+"""Residual networks for small images: three narrow stages, or the four wide ones of ResNet-18.
 
-He et al., "Deep residual learning for image recognition" (2016), section 4.2, and the bottleneck
-net of the same layout that the authors of DessiLBI call "ResNet-56".
+He et al., "Deep residual learning for image recognition" (2016), section 4.2, the bottleneck net of
+the same layout that the authors of DessiLBI call "ResNet-56", and the ResNet-18 of section 4.1 with
+a first layer for small images.
 """
 
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F  # noqa: N812 - the name everyone reads at once
 from torch import Tensor, nn
 
 WIDTHS = (16, 32, 64)
+WIDE = (64, 128, 256, 512)
 Shortcut = Literal["projection", "pad"]
 
 
@@ -88,20 +89,24 @@ Block = type[BasicBlock] | type[Bottleneck]
 
 
 class ResNet(nn.Module):
-    """A convolution, three stages of ``num_blocks`` residual blocks, averaging, a linear layer.
+    """A convolution, stages of ``num_blocks`` residual blocks, averaging, a linear layer.
 
-    With :class:`BasicBlock` this is He et al.'s CIFAR net of depth 6n + 2: n = 3, 5, 9 are
-    ResNet-20, -32, -56. With :class:`Bottleneck` and n = 9 it is the "ResNet-56" of the DessiLBI
-    authors, whose code takes n = (56 - 2) / 6 and then switches to bottleneck blocks. Its depth is
-    83, not 56: 82 convolutions in a row and the linear layer; the three projections stand beside.
+    With :class:`BasicBlock` this is He et al.'s CIFAR net of depth 6n + 2: n = 3, 5, 8, 9 are
+    ResNet-20, -32, -50, -56. With :class:`Bottleneck` and n = 9 it is the "ResNet-56" of the
+    DessiLBI authors, whose code takes n = (56 - 2) / 6 and then switches to bottleneck blocks. Its
+    depth is 83, not 56: 82 convolutions in a row and the linear layer; the three projections stand
+    beside. With :class:`BasicBlock`, n = 2 and the widths ``WIDE`` it is ResNet-18 as it is
+    commonly used on CIFAR: a 3x3 convolution and no pooling where ImageNet's has 7x7 and pooling.
 
     Convolutions start from He's normal distribution (``fan_out``), batch norms from the identity.
 
     Args:
         block: The kind of residual block.
         num_blocks: n, blocks per stage.
+        widths: Filters of the 3x3 convolutions of each stage; all but the first halve the image.
         num_classes: Width of the output.
         in_channels: Channels of the images, whose height and width are free.
+        stride: Of the first convolution; 2 makes the whole net about four times as quick.
         shortcut: What joins two shapes: "projection" (option B: 1x1 convolution and batch norm, as
             in the authors' code) or "pad" (option A: zeros, no parameters, He et al. on CIFAR).
 
@@ -119,20 +124,24 @@ class ResNet(nn.Module):
         block: Block,
         num_blocks: int,
         *,
+        widths: tuple[int, ...] = WIDTHS,
         num_classes: int = 10,
         in_channels: int = 3,
+        stride: int = 1,
         shortcut: Shortcut = "projection",
     ) -> None:
         super().__init__()
         _check(num_blocks, in_channels, shortcut)
-        self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(WIDTHS[0])
-        first, second, third = (width * block.expansion for width in WIDTHS)
-        make = partial(_stage, block, num_blocks, shortcut=shortcut)
-        self.stage1 = make(WIDTHS[0], WIDTHS[0], stride=1)
-        self.stage2 = make(first, WIDTHS[1], stride=2)
-        self.stage3 = make(second, WIDTHS[2], stride=2)
-        self.fc = nn.Linear(third, num_classes)
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(widths[0])
+        channels = widths[0]
+        self.num_stages = len(widths)
+        for number, width in enumerate(widths, start=1):
+            step = 1 if number == 1 else 2
+            stage = _stage(block, num_blocks, channels, width, stride=step, shortcut=shortcut)
+            self.add_module(f"stage{number}", stage)
+            channels = width * block.expansion
+        self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -140,7 +149,8 @@ class ResNet(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits (N, classes) of images (N, C, H, W)."""
         y = F.relu(self.norm1(self.conv1(inputs)))
-        y = self.stage3(self.stage2(self.stage1(y)))
+        for number in range(1, self.num_stages + 1):
+            y = self.get_submodule(f"stage{number}")(y)
         # The plain mean has a deterministic backward on every device; adaptive pooling has not.
         logits: Tensor = self.fc(y.mean(dim=(2, 3)))
         return logits

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VGG-16 with batch normalisation, as it is commonly used on CIFAR."""
+"""VGG-16 and VGG-19 with batch normalisation, as they are commonly used on CIFAR."""
 
 from torch import Tensor, nn
 
-# Simonyan and Zisserman (2015), table 1, column D: filters of the convolutions of each stage.
-STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+# Simonyan and Zisserman (2015), table 1, columns D and E: convolutions of each stage.
+VGG16 = (2, 2, 3, 3, 3)
+VGG19 = (2, 2, 4, 4, 4)
+WIDTHS = (64, 128, 256, 512, 512)
 
 
-class VGG16(nn.Module):
-    """Thirteen 3x3 convolutions with batch norm and ReLU in five pooled stages, one linear layer.
+class VGG(nn.Module):
+    """3x3 convolutions with batch norm and ReLU in five pooled stages, one linear layer.
 
     The convolutions have no bias: the batch norm behind each would subtract it again. They start
     from He's normal distribution (``fan_out``), batch norms from the identity.
 
     Args:
+        depths: Convolutions of each stage.
         num_classes: Width of the output.
         in_channels: 3; five poolings take 32x32 colour images to 1x1 and 28x28 ones to nothing.
 
@@ -21,21 +24,23 @@ class VGG16(nn.Module):
         ValueError: ``in_channels`` is not 3.
 
     >>> import torch
-    >>> VGG16()(torch.zeros(2, 3, 32, 32)).shape
+    >>> VGG(VGG16)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
 
-    def __init__(self, *, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self, depths: tuple[int, ...], *, num_classes: int = 10, in_channels: int = 3
+    ) -> None:
         super().__init__()
         if in_channels != 3:
             raise ValueError(
-                f"vgg16-bn reads 32x32 images of 3 channels, not of {in_channels}: "
+                f"VGG reads 32x32 images of 3 channels, not of {in_channels}: "
                 f"choose another model for this data"
             )
         self.features = nn.Sequential()
         channels = in_channels
-        for stage, widths in enumerate(STAGES, start=1):
-            for index, width in enumerate(widths, start=1):
+        for stage, (depth, width) in enumerate(zip(depths, WIDTHS, strict=True), start=1):
+            for index in range(1, depth + 1):
                 conv = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
                 # The names of the paper (conv1_1 ... conv5_3) are what people look for in a report.

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """MNIST and its like, read from the four idx files in the folders that torchvision uses.
 
-torchvision is only asked to download them; reading is ours (:mod:`dessilbi.training.idx`).
+torchvision is only asked to download them; reading is ours (:mod:`dessilbi.training.data.idx`).
 """
 
-import importlib
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from dessilbi.training.idx import read_idx
+from dessilbi.training.data.fetching import fetch, folder_of
+from dessilbi.training.data.generated import Part
+from dessilbi.training.data.idx import read_idx
 
 # For the training and the test part, images and labels.
 FILES = (
@@ -19,8 +19,6 @@ FILES = (
 )
 SIDE = 28
 NUM_CLASSES = 10
-
-Part = tuple[Tensor, Tensor]
 
 
 def read_mnist(
@@ -41,15 +39,10 @@ def read_mnist(
         OSError: The download failed.
     """
     wanted = [file for pair in FILES for file in pair]
-    if root is None:
-        listed = ", ".join(f"{dataset}/raw/{file}" for file in wanted)
-        raise ValueError(
-            f"{name} is read from files and no data folder is given: give --data DIR or set "
-            f"$DESSILBI_DATA to a folder that holds {listed} (plain or .gz)"
-        )
-    folder = Path(root) / dataset / "raw"
+    listed = ", ".join(f"{dataset}/raw/{file}" for file in wanted) + " (plain or .gz)"
+    folder = folder_of(root, name=name, listed=listed) / dataset / "raw"
     if download and _missing(folder, wanted):
-        _download(Path(root), folder, name=name, dataset=dataset)
+        fetch(folder.parents[1], folder, name=name, dataset=dataset)
     missing = _missing(folder, wanted)
     if missing:
         raise FileNotFoundError(
@@ -68,25 +61,6 @@ def _find(folder: Path, file: str) -> Path | None:
 
 def _missing(folder: Path, files: list[str]) -> list[str]:
     return [file for file in files if _find(folder, file) is None]
-
-
-def _download(root: Path, folder: Path, *, name: str, dataset: str) -> None:
-    try:
-        datasets = importlib.import_module("torchvision.datasets")
-    except ImportError as error:
-        raise ImportError(
-            f"--download fetches {name} with torchvision, which is not installed: "
-            f"run pip install torchvision, or put the files into {folder} yourself"
-        ) from error
-    try:
-        # One part is enough: torchvision always fetches all four files.
-        getattr(datasets, dataset)(root=str(root), train=False, download=True)
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise OSError(
-            f"{name} could not be downloaded into {folder} ({reason}): check the network, "
-            f"or put the files there yourself"
-        ) from error
 
 
 def _read_part(folder: Path, images_file: str, labels_file: str) -> Part:

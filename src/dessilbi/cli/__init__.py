@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: one function per command, each a thin call into the library.
+
+torch is loaded inside the commands, so that --help is quick.
+"""
+
+import sys
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+from dessilbi.cli.checking import doctor
+from dessilbi.cli.compaction import compact, export, verify
+from dessilbi.cli.family import path, ticket
+from dessilbi.cli.models import plan
+from dessilbi.cli.tour import demo
+from dessilbi.cli.training import recipes, train
+
+COMMANDS = (demo, plan, train, path, ticket, compact, export, verify, doctor)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Train a network once and hold the whole family of its sparse models.",
+)
+for command in COMMANDS:
+    app.command()(command)
+app.add_typer(recipes, name="recipes")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from dessilbi import __version__
+
+        typer.echo(f"dessilbi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train a network once and hold the whole family of its sparse models."""
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters shows "?"
+    app(prog_name="dessilbi")

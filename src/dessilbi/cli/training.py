@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that train: train, recipes."""
+
+from enum import StrEnum
+from pathlib import Path as FilePath
+from typing import Annotated, Any
+
+import typer
+
+from dessilbi.cli.terminal import (
+    DataOption,
+    JsonOption,
+    SetOption,
+    data_root,
+    fail,
+    guarded,
+    print_json,
+    speaks,
+)
+from dessilbi.training.recipes import load_recipe, recipe_names, to_toml
+
+
+class DeviceName(StrEnum):
+    """Where to compute, as words of the command line."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    MPS = "mps"
+
+
+class StrategyName(StrEnum):
+    """How processes share the work, as words of the command line."""
+
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
+
+
+@guarded
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe's name, or a TOML file.", show_default=False)
+    ] = None,
+    assignments: SetOption = None,
+    data: DataOption = None,
+    out: Annotated[FilePath | None, typer.Option(help="The run folder to make.")] = None,
+    resume: Annotated[
+        FilePath | None, typer.Option(metavar="RUN", help="Go on with a run that was cut short.")
+    ] = None,
+    device: Annotated[DeviceName | None, typer.Option(help="Where to compute.")] = None,
+    strategy: Annotated[
+        StrategyName | None, typer.Option(help="How processes started by torchrun share the work.")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also draw curves, into the run folder.")
+    ] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch missing data.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a recipe once and record its path, or go on with a run."""
+    chosen = _chosen(recipe, assignments, out, resume)
+    from dessilbi.training import loop
+    from dessilbi.training.progress import default_reporter
+
+    options: dict[str, Any] = {
+        "data_root": data_root(data),
+        "reporter": default_reporter() if speaks() else None,
+        "strategy": strategy.value if strategy else None,
+        "draw": tensorboard,
+    }
+    if resume is not None:
+        run = loop.resume(resume, device=device.value if device else None, **options)
+    else:
+        asked = device.value if device else "auto"
+        run = loop.train(chosen, out, device=asked, download=download, **options)
+    if not speaks():
+        return
+    if as_json:
+        print_json({"run": str(run.folder), **run.read_status()})
+    else:
+        typer.echo(f"The run is in {run.folder}; see its path with: dessilbi path {run.folder}")
+
+
+def _chosen(
+    recipe: str | None,
+    assignments: list[str] | None,
+    out: FilePath | None,
+    resume: FilePath | None,
+) -> Any:
+    """The recipe to train; None where a run is resumed, which has its own."""
+    if (recipe is None) == (resume is None):
+        raise fail("give either a recipe to train or --resume RUN", 2)
+    if recipe is not None:
+        return load_recipe(recipe, assignments or ())
+    if assignments or out is not None:
+        raise fail("--resume goes on with a run as it is: leave out --set and --out", 2)
+    return None
+
+
+recipes = typer.Typer(help="List the recipes, or show one in full.", invoke_without_command=True)
+
+
+@recipes.callback()
+@guarded
+def _list(context: typer.Context) -> None:
+    """List the recipes that come with the package, or show one in full."""
+    if context.invoked_subcommand is None:
+        names = recipe_names()
+        width = max(map(len, names))
+        for name in names:
+            typer.echo(f"{name:{width}}  {load_recipe(name).summary}")
+
+
+@recipes.command()
+@guarded
+def show(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a TOML file.")],
+    assignments: SetOption = None,
+) -> None:
+    """Print every value of a recipe, as a TOML file to start one's own from."""
+    typer.echo(to_toml(load_recipe(recipe, assignments or ())), nl=False)

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Session: one stretch of a run, from its beginning or a checkpoint to its end or the next stop.
+
+It holds what the loop moves, and does what is due between steps: judging points, closing epochs,
+saving. What it saves is all that decides the rest of the run, so that the rest is the same to the
+bit however often the run is cut.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from dessilbi.history import History
+from dessilbi.path import Path
+from dessilbi.runs import Run, TrainingError
+from dessilbi.scores import save_scores
+from dessilbi.storage import cut_back, length_of, sweep, write_atomic
+from dessilbi.training.checkpoints import Checkpoint, Checkpoints
+from dessilbi.training.engine import Engine
+from dessilbi.training.judging import Judge, coupling
+from dessilbi.training.position import Clock, Position, Totals
+from dessilbi.training.randomness import random_states, set_random_states
+from dessilbi.training.setting import Setting
+from dessilbi.training.state import restore, templates, tensors_of, whole
+from dessilbi.training.stopping import Stop
+from dessilbi.training.watching import Watching
+
+PATIENCE = 10  # steps between questions that all processes, or an accelerator, must answer
+
+
+class Session:
+    """What one stretch of a run works on; every process makes one.
+
+    Args:
+        setting: The recipe made real.
+        engine: Where it computes.
+        watching: Who hears of it, and the run folder.
+        checkpoint: Where to go on from; None: the beginning.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        engine: Engine,
+        watching: Watching,
+        checkpoint: Checkpoint | None,
+    ):
+        recipe, run = setting.recipe, watching.run
+        self.setting, self.engine, self.run, self.watching = setting, engine, run, watching
+        self.judge = Judge(setting, engine)
+        self.checkpoints = Checkpoints(run.checkpoints, engine, keep=recipe.keep_checkpoints)
+        self.clock, self.totals, self.position = Clock(), Totals(engine.device), Position()
+        self.path = Path(
+            setting.optimizer,
+            every=self.judge.every,
+            total_time=setting.total_time,
+            file=run.path if engine.first else None,
+            resume=checkpoint.facts["path"] if checkpoint else None,
+        )
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self._told: dict[str, float] = {}
+        self._seen: int = checkpoint.facts["seen"] if checkpoint else 0  # the latest point told of
+        self._began = time.monotonic() - self.position.seconds
+        self._save_every = max(1, round(recipe.checkpoint_every * setting.steps_per_epoch))
+        # One process on a CPU sees every loss at no cost, before it does harm.
+        self.watchful = engine.world_size == 1 and engine.device.type == "cpu"
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        model, optimizer = self.setting.model, self.setting.optimizer
+        tensors = checkpoint.tensors(lambda listed: templates(model, optimizer, listed))
+        restore(model, optimizer, tensors)
+        self.position = Position(**checkpoint.facts["position"])
+        if self.engine.scaler is not None and checkpoint.facts["scaler"]:
+            self.engine.scaler.load_state_dict(checkpoint.facts["scaler"])
+        ranks = checkpoint.ranks
+        if len(ranks) == self.engine.world_size:
+            self.totals.set(**ranks[self.engine.rank]["totals"])
+            set_random_states(ranks[self.engine.rank]["random"], self.engine.device)
+        elif self.engine.first:
+            parts = [rank["totals"]["sums"] for rank in ranks]
+            self.totals.set([sum(part) for part in zip(*parts, strict=True)], loss=0.0)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's share of the batches that are left of the epoch."""
+        recipe, position = self.setting.recipe, self.position
+        left = self.setting.data.train.batches(
+            position.epoch,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            start=position.batch,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            device=self.engine.device,
+        )
+        return self.clock.waiting("data", left)
+
+    def after_step(self, stop: Stop) -> bool:
+        """Do what is due after a step; return whether the run is to stop here.
+
+        Who stops a run does not wait for judging: it is done when the run goes on.
+        """
+        self.position.step += 1
+        self.position.batch += 1
+        to_save = self.position.step % self._save_every == 0
+        to_look = self.watchful or self.position.step % PATIENCE == 0
+        asked = (to_look or to_save or self._epoch_is_over) and self._look_around(stop)
+        if not asked and self.settle():
+            asked = self._look_around(stop)
+        if asked or to_save:
+            self.save()
+        return asked
+
+    def settle(self) -> bool:
+        """Judge the point and close the epoch that the latest step completed; return if it did."""
+        path, due = self.path, self._epoch_is_over
+        if path.step % self.judge.every == 0 and path.step != self._seen:
+            self._at_point()
+            due = True
+        if self._epoch_is_over:
+            self._close_epoch()
+        return due
+
+    @property
+    def _epoch_is_over(self) -> bool:
+        return self.position.batch == self.setting.steps_per_epoch
+
+    def _look_around(self, stop: Stop) -> bool:
+        """Agree with all processes on whether somebody asked to stop, and that losses are sound."""
+        asked, broken = self.engine.any(stop.asked, not (self.watchful or self.totals.finite))
+        if broken:
+            self._refuse()
+        if asked:
+            stop.tell()
+        return asked
+
+    def check_loss(self) -> None:
+        """Refuse a loss that is not finite before it does harm, where it is known at once."""
+        if self.watchful and not math.isfinite(self.totals.loss):
+            self._refuse()
+
+    def _refuse(self) -> None:
+        raise TrainingError(
+            f"the loss is {self.totals.loss} at step {self.path.step + self.watchful}: "
+            f"lower optimizer.lr (now {self.setting.optimizer.param_groups[0]['lr']:.3g}) or raise "
+            f"optimizer.nu; the path up to step {self.path.step} is kept"
+        )
+
+    def _at_point(self, *, final: bool = False) -> None:
+        """Judge the point that was just recorded, if it is one to judge, and tell."""
+        path, optimizer = self.path, self.setting.optimizer
+        self._seen = path.step
+        facts: dict[str, float] = {"epoch": path.step / self.setting.steps_per_epoch}
+        if final or self.judge.wants(path.step):
+            with self.clock.of("judging"):
+                facts |= self.judge.at_point(path.step)
+            self._told["acc"] = facts["val_accuracy"]
+        path.log(**facts)
+        self._told |= {"loss": self.totals.loss, "density": path.points[-1].density}
+        curves: dict[str, float] = {}
+        if self.engine.any(bool(self.watching.trackers))[0]:
+            curves = {name: value for name, value in facts.items() if "accuracy" in name}
+            curves = {f"accuracy/{name}": value for name, value in curves.items()}
+            layers = path.support(step=path.step).densities()
+            curves |= {f"density/{name}": value for name, value in layers.items()}
+            curves |= {"density": self._told["density"], "path_time": path.time}
+            curves |= {"coupling": coupling(self.setting, self.engine)}
+            curves |= {"lr": float(optimizer.param_groups[0]["lr"])}
+        self.watching.point(path.step, self._told, curves)
+
+    def _close_epoch(self) -> None:
+        """Write down what an epoch came to, and begin the next."""
+        position, path = self.position, self.path
+        with self.clock.of("judging"):
+            validation = self.judge.validation(path.step)
+        loss, correct, answers = self.engine.totals(self.totals.read())
+        position.epoch, position.batch = position.epoch + 1, 0
+        place = {"epoch": position.epoch, "step": path.step}
+        metrics = {
+            "time": path.time,
+            "loss": loss / answers,
+            "train_accuracy": correct / answers,
+            "val_accuracy": validation,
+            "lr": float(self.setting.optimizer.param_groups[0]["lr"]),
+        }
+        times = {name: round(seconds, 4) for name, seconds in self.clock.lap().items()}
+        self.watching.epoch(place | metrics, place | times)
+        self.totals.clear()
+
+    def save(self) -> None:
+        """Write a checkpoint; what the logs hold by now belongs to it."""
+        with self.clock.of("saving"):
+            engine, setting = self.engine, self.setting
+            self.position.seconds = time.monotonic() - self._began
+            totals = {"sums": self.totals.read(), "loss": self.totals.loss}
+            own = {"random": random_states(engine.device), "totals": totals}
+            ranks = engine.gather(own)
+            score = self.judge.validation(self.path.step) if self.position.batch == 0 else None
+            facts: dict[str, Any] = {
+                "step": self.position.step,
+                "score": score,
+                "position": asdict(self.position),
+                "seen": self._seen,
+                "engine": engine.facts(),
+                "scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
+            }
+            if engine.first:
+                facts["path"] = self.path.state_dict()
+                facts["logs"] = {log: length_of(self.run.folder / log) for log in _logs(self.run)}
+            self.checkpoints.save(tensors_of(setting.model, setting.optimizer), facts, ranks)
+
+    def finish(self) -> dict[str, float]:
+        """Judge the end of the path, write the final files, and return the outcome."""
+        path, run = self.path, self.run
+
+        def open_ends() -> tuple[bool, bool]:
+            at_end = bool(path.points) and path.points[-1].step == path.step
+            return not at_end, not (at_end and "accuracy" in path.points[-1].metrics)
+
+        to_record, to_judge = self.engine.on_first(open_ends)
+        if to_record:
+            path.record()
+        if to_judge:
+            self._at_point(final=True)
+        weights = whole(self.setting.model.state_dict())
+        scores = path.scores()
+        if self.engine.first:
+            write_atomic(run.model, safetensors.torch.save(weights))
+            save_scores(scores, run.scores)
+        last = path.points[-1] if path.points else None
+        return {
+            "steps": path.step,
+            "seconds": time.monotonic() - self._began,
+            "accuracy": last.metrics["accuracy"] if last else 0.0,
+            "density": last.density if last else 0.0,
+        }
+
+
+def find_checkpoint(run: Run, engine: Engine) -> Checkpoint | None:
+    """Bring a run folder back to its newest checkpoint, or to its beginning, and return it.
+
+    Only the process with the lock may call this: logs are cut back to where the checkpoint was
+    saved, and what killed processes left half-written is removed.
+
+    Raises:
+        DamagedFileError: There are checkpoints, but none can be used.
+    """
+
+    def fits(checkpoint: Checkpoint) -> None:
+        for log, length in checkpoint.facts["logs"].items():
+            cut_back(run.folder / log, length["bytes"], length["crc"])
+        History.resume(run.path, checkpoint.facts["path"]["file"])
+
+    store = Checkpoints(run.checkpoints, engine, keep=1)
+    store.sweep()
+    sweep(run.folder, [f.name for f in (run.model, run.scores, run.status, run.metrics, run.path)])
+    checkpoint = store.newest(fits)
+    if checkpoint is None:
+        for file in (run.metrics, run.times, run.path):
+            file.unlink(missing_ok=True)
+    return checkpoint
+
+
+def _logs(run: Run) -> tuple[str, str]:
+    return run.metrics.name, run.times.name

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Setting: a recipe made real. Data, model, optimizer and learning rate, on an engine."""
+
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from dessilbi.optimizer import DessiLBI
+from dessilbi.training.data import Data
+from dessilbi.training.engine import Engine
+from dessilbi.training.ingredients import data_of, groups_of, model_of
+from dessilbi.training.recipes import OptimizerRecipe, Recipe, RecipeError
+from dessilbi.training.schedules import multiplier, optimizer_of, path_time
+from dessilbi.wrapping import Wrapped, wrap
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything one run needs, ready to step.
+
+    Attributes:
+        recipe: What it was made from.
+        data: Its data set.
+        model: The plain model.
+        module: What to call in training: the model as the engine compiled and shared it.
+        optimizer: The optimizer itself.
+        stepper: What to step: the optimizer as the engine adopted it.
+    """
+
+    recipe: Recipe
+    data: Data
+    model: nn.Module
+    module: nn.Module
+    optimizer: DessiLBI | Wrapped
+    stepper: Optimizer
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        return self.data.train.steps_per_epoch(self.recipe.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    @property
+    def total_time(self) -> float:
+        """Path time of the whole run."""
+        recipe = self.recipe
+        return path_time(recipe.schedule, recipe.optimizer.path_lr, self.total_steps, recipe.epochs)
+
+    def set_lr(self, step: int) -> None:
+        """Set the learning rate of the step with this index: a function of it alone."""
+        recipe = self.recipe
+        factor = multiplier(recipe.schedule, step, self.total_steps, recipe.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+def prepare(
+    recipe: Recipe,
+    engine: Engine,
+    *,
+    data_root: str | FilePath | None = None,
+    download: bool = False,
+) -> Setting:
+    """Load the data and build model and optimizer.
+
+    Raises:
+        RecipeError: The recipe names an unknown model or data set, or its values do not fit them.
+        ValueError: A data file is damaged.
+        FileNotFoundError: The data is not there; the message names the expected files.
+    """
+    if download:
+        engine.on_first(lambda: data_of(recipe, root=data_root, download=True) and None)
+    data = data_of(recipe, root=data_root)
+    model = model_of(recipe, data)
+    try:
+        _check_batches(recipe, data, engine)
+        groups = groups_of(recipe, model, data)
+        module = engine.place(model, compiled=recipe.compile)
+        total_steps = recipe.epochs * data.train.steps_per_epoch(recipe.batch_size)
+        optimizer = build_optimizer(_placed(groups, model), optimizer_of(recipe, total_steps))
+    except ValueError as error:
+        raise RecipeError(f"recipe {recipe.name}: {error}") from None
+    return Setting(recipe, data, model, module, optimizer, engine.adopt(optimizer))
+
+
+def _check_batches(recipe: Recipe, data: Data, engine: Engine) -> None:
+    data.train.batches(
+        0,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
+
+
+def _placed(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """The groups with the parameters that the model has now: sharding replaces them."""
+    now = dict(model.named_parameters())
+    return [{**g, "params": [(name, now[name]) for name, _ in g["params"]]} for g in groups]
+
+
+def build_optimizer(groups: list[dict[str, Any]], options: OptimizerRecipe) -> DessiLBI | Wrapped:
+    """Return DessiLBI, or AdamW wrapped in its dynamics.
+
+    Raises:
+        ValueError: The options do not fit the groups.
+    """
+    optimizer: DessiLBI | Wrapped
+    if options.base == "sgd":
+        optimizer = DessiLBI(groups, **options.model_dump(exclude={"base", "R", "lam_filter"}))
+    else:
+        base = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+        coupling = options.model_dump(include={"nu", "lam", "kappa", "block_scale"})
+        optimizer = wrap(base, **coupling)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer

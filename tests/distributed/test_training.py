@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dessilbi train` under torchrun: several gloo ranks equal one process on the same batches."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path as FilePath
+from unittest.mock import patch
+
+import pytest
+import safetensors.torch
+import torch
+import torch.multiprocessing as mp
+from tiny import FEW, TOML, Recorder, tiny_recipe
+from torch import nn
+from torch.testing import assert_close
+
+from dessilbi import Path
+from dessilbi.runs import BusyError, Run, TrainingError, locked
+from dessilbi.storage import read_json, read_lines
+from dessilbi.training import engine, loop
+from dessilbi.training.data import DATA_SETS
+from dessilbi.training.engine import engine_for
+from dessilbi.training.models import IMAGE_MODELS, MODELS
+from dessilbi.training.recipes import RecipeError
+
+# 5 steps an epoch; no batch statistics, which differ among ranks by nature.
+SHORT = (
+    *("data=few", "model=wide", "validation=99", "batch_size=20", "epochs=2", "points=10"),
+    *("optimizer.lam=0.05", "optimizer.nu=0.5", "judged=3", "accumulate=5", "clip_norm=0.5"),
+    *('structure={"1.weight" = "filter"}',),
+)
+
+
+class Wide(nn.Sequential):
+    """A small net in float64."""
+
+    def __init__(self, num_classes, in_channels):
+        super().__init__(nn.Flatten(), nn.Linear(784, 9), nn.Tanh(), nn.Linear(9, num_classes))
+        self.double()
+
+    def forward(self, x):
+        return super().forward(x.double())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _wide_model():
+    with (
+        patch.dict(MODELS, wide=Wide),
+        patch.dict(IMAGE_MODELS, wide=Wide),
+        patch.dict(DATA_SETS, few=FEW),
+    ):
+        yield
+
+
+def on_rank(rank, size, port, job, folder, arguments):
+    os.environ.update(
+        {name: str(rank) for name in ("RANK", "LOCAL_RANK")},
+        **{name: str(size) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GROUP_RANK="0",
+    )
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command line does
+    job(FilePath(folder), *arguments)
+
+
+def spawn(job, size, folder, *arguments):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(
+        on_rank, (size, port, job, str(folder), arguments), nprocs=size, start_method="fork"
+    )
+
+
+class Cut(Recorder):
+    """Sends a signal at a step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def update(self, step, facts):
+        if step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def train(folder, strategy=None, cut=None, *more):
+    recipe_folder = FilePath(folder) / f"recipe-{os.environ.get('RANK', '0')}"
+    recipe_folder.mkdir(exist_ok=True)
+    recipe = tiny_recipe(recipe_folder, *SHORT, *more)
+    reporter = None if cut is None else Cut(cut)
+    try:
+        loop.train(recipe, FilePath(folder) / "run", strategy=strategy, reporter=reporter)
+    except KeyboardInterrupt:
+        assert cut is not None
+
+
+def resume(folder, strategy=None):
+    loop.resume(FilePath(folder) / "run", strategy=strategy)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    train(folder)
+    return Run(folder / "run")
+
+
+def assert_same_run(left, right):
+    ours, theirs = (safetensors.torch.load_file(run.model) for run in (left, right))
+    assert_close(ours, theirs, rtol=0, atol=1e-9)
+    for run in (left, right):
+        assert run.read_status()["status"] == "finished"
+    paths = [Path.load(run.folder) for run in (left, right)]
+    assert [p.step for p in paths[0].points] == [p.step for p in paths[1].points]
+    for one, other in zip(paths[0].points, paths[1].points, strict=True):
+        assert paths[0].support(step=one.step) == paths[1].support(step=other.step)
+        assert_close(one.metrics, other.metrics)
+    lines = [list(read_lines(run.metrics)) for run in (left, right)]
+    assert_close(lines[0], lines[1], rtol=0, atol=1e-9)
+    assert 0 < paths[0].points[-1].density < 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "piece"),
+    [("ddp", 0), ("fsdp2", 50), ("fsdp2", 1000)],
+    ids=["ddp", "fsdp2 layer by layer", "fsdp2 in one"],
+)
+def test_two_ranks_equal_one_process(tmp_path, alone, strategy, piece, monkeypatch):
+    monkeypatch.setattr(engine, "PIECE", piece)
+    spawn(train, 2, tmp_path, strategy)
+    run = Run(tmp_path / "run")
+    assert read_json(run.environment)["engine"]["world_size"] == 2
+    assert_same_run(run, alone)
+
+
+@pytest.mark.parametrize(
+    ("before", "then"), [("ddp", None), ("fsdp2", None), ("ddp", "fsdp2"), ("fsdp2", "fsdp2")]
+)
+@pytest.mark.filterwarnings("ignore:this run goes on under other conditions")
+def test_a_run_saved_on_two_ranks_goes_on_on_one_or_two(tmp_path, alone, before, then):
+    spawn(train, 2, tmp_path, before, 8)
+    run = Run(tmp_path / "run")
+    assert run.read_status() == {"schema": 1, "status": "interrupted", "step": 8}
+    if then is None:
+        resume(tmp_path)
+    else:
+        spawn(resume, 2, tmp_path, then)
+    assert_same_run(run, alone)
+
+
+def refused(folder):
+    with pytest.raises(BusyError if os.environ["RANK"] == "0" else SystemExit):
+        resume(folder)
+
+
+def test_a_run_in_use_ends_all_ranks(tmp_path, alone):
+    with locked(alone), patch.object(Run, "read_status", lambda _: {"status": "running"}):
+        spawn(refused, 2, alone.folder.parent)
+
+
+def disagree(_):
+    with engine_for("float32", device="cpu") as made:
+        assert made.any(made.rank == 1, False) == (True, False)
+        assert made.gather(made.rank) == [0, 1]
+        assert made.on_first(lambda: made.rank) == 0
+        assert made.total(torch.tensor([1.0 + made.rank])).tolist() == [3.0]
+
+
+def test_ranks_agree(tmp_path):
+    spawn(disagree, 2, tmp_path)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
+    spawn(uneven, 3, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def uneven(folder):
+    with pytest.raises(RecipeError, match="20 samples cannot be shared equally by 3 processes"):
+        train(folder)
+
+
+def diverge(folder):
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+: lower"):
+        train(folder, "ddp", None, "optimizer.lr=1e300", "clip_norm=1e300", "points=1")
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks_and_is_never_saved(tmp_path):
+    spawn(diverge, 2, tmp_path)
+    run = Run(tmp_path / "run")
+    assert run.read_status()["status"] == "failed"
+    assert not run.checkpoints.exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_torchrun_trains_on_two_ranks_and_one_goes_on(tmp_path, strategy):
+    def call(*command):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    file = tmp_path / "tiny.toml"
+    file.write_text(TOML)
+    run = ["dessilbi", "train", str(file), "--device", "cpu", "--out", str(tmp_path / "run")]
+    done = call(
+        "torch.distributed.run", "--nproc-per-node", "2", "-m", *run, "--strategy", strategy
+    )
+    assert done.stdout.count("The run is in") == 1
+    assert "error" not in done.stderr
+    assert Run(tmp_path / "run").read_status()["status"] == "finished"
+    again = call("dessilbi", "train", "--resume", str(tmp_path / "run"))
+    assert "is finished: there is nothing to resume" in again.stderr
