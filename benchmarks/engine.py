@@ -82,7 +82,7 @@ def loop(name: str, rounds: int, data: str | None) -> dict:
     recipe = load_recipe(name, BARE)
     with ExitStack() as stack:
         engine = stack.enter_context(engine_for(recipe.precision, device="cpu"))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=FILE.parent)))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(flushed_denormals())
         setting = prepare(recipe, engine, data_root=data)
         run = new_run(setting, engine, folder / "run", data)
