@@ -30,7 +30,7 @@ ZOO_COLUMNS = [
 ]
 
 HALF = """
-## Half the filters
+## Odd widths and widths that hardware likes
 
 From [these records](results/compact-half.jsonl). Every unit keeps the same share. *Odd*: widths
 that are not multiples of 8.

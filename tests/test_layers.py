@@ -52,7 +52,8 @@ ORDER = [
     "blueprint",  # kept indices as a value: the same cut on a fresh model
     "folding",  # constants of dead channels
     "following",  # the optimizer goes on with the smaller model
-    "proving",  # numbers before and after, certificate
+    "certifying",  # whether two models compute the same
+    "proving",  # numbers before and after
     "witness",  # what the masked model answers, for later
     "candidates",  # one smaller model in several forms
     "compaction",

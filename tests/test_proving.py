@@ -9,8 +9,9 @@ import torch
 from test_compaction import make
 from torch import nn
 
+from dessilbi.certifying import probes_of
 from dessilbi.compaction import close, compact
-from dessilbi.proving import Proof, probes_of, sparse_bytes
+from dessilbi.proving import Proof, sparse_bytes
 from dessilbi.testing import random_ticket
 from dessilbi.ticket import TensorSpec, Ticket
 from dessilbi.witness import tolerance

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from dessilbi.closing import Flags, flagged
 from dessilbi.cutting import Cuts, groups_after
-from dessilbi.graph import Graph, Weight
+from dessilbi.graph import Graph, Known, Weight
 from dessilbi.graph.labels import Ids
 from dessilbi.graph.program import op_name
 from dessilbi.graph.shapes import blocks_of
@@ -59,6 +59,10 @@ class Rewriter:
     def kept(self, node: fx.Node) -> list[Ids | None]:
         """Per dimension the indices that stay, None for all; refuses what is not rectangular."""
         original = self.original(node)
+        value = self.graph.reading.values[original]
+        if isinstance(value, Weight | Known) and value.name is not None:
+            cuts = {cut.dim: cut.index for cut in self.cuts.get(value.name, ()) if cut.groups == 1}
+            return [cuts.get(dim) for dim in range(len(self.shape(node)))]
         blocks = blocks_of(self.graph.reading, original, self.graph.block_of_label)
         shape = self.shape(node)
         if blocks is None:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from dessilbi.adapting import Rewriter
 from dessilbi.blueprint import Blueprint, Form, Size, find_sizes, set_sizes, tensors_of
+from dessilbi.certifying import Reference
 from dessilbi.closing import Constants, Flags
 from dessilbi.cutting import Cut, Cuts, cut_module, cut_tensor, find_cuts
 from dessilbi.folding import fold
 from dessilbi.graph import Graph
 from dessilbi.naming import bias_name, tensor_names
-from dessilbi.proving import Reference, sparse_bytes
+from dessilbi.proving import sparse_bytes
 from dessilbi.rewriting import rewrite, sharing_copy, widen
 from dessilbi.ticket import Ticket
 

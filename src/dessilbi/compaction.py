@@ -15,6 +15,15 @@ from torch import Tensor, nn
 from dessilbi.adapting import Rewriter
 from dessilbi.blueprint import FORMS, Blueprint, Form, tensors_of
 from dessilbi.candidates import Candidate, candidate, narrow
+from dessilbi.certifying import (
+    Reference,
+    difference,
+    find_reference,
+    find_references,
+    outputs,
+    probes_of,
+    wide,
+)
 from dessilbi.closing import Settled, close, close_on, dead_blocks, settle, units_of
 from dessilbi.cutting import Cuts, cut_ticket, find_cuts
 from dessilbi.folding import constants_of
@@ -23,19 +32,7 @@ from dessilbi.graph import Graph, read_graph
 from dessilbi.graph.program import ExampleInputs, evaluating
 from dessilbi.inputs import Arguments
 from dessilbi.naming import unwrap
-from dessilbi.proving import (
-    Proof,
-    Reference,
-    check_finite,
-    count_macs,
-    difference,
-    find_reference,
-    find_references,
-    measure_latency,
-    outputs,
-    probes_of,
-    wide,
-)
+from dessilbi.proving import Proof, check_finite, count_macs, measure_latency
 from dessilbi.rewriting import place_tensors, sharing_copy, wide_literals, widen
 from dessilbi.ticket import Ticket
 from dessilbi.witness import Witness
@@ -140,7 +137,9 @@ def compact(
     )
     try:
         references = find_references(closed, ticket, example_inputs)
-    except RuntimeError:  # forward does not run in float64
+    except ValueError:
+        raise
+    except Exception:  # forward does not run in float64
         return _compacted(job, [job.program_reference()])
     try:
         return _compacted(job, references)
@@ -173,7 +172,15 @@ class _Job:
         program = sharing_copy(self.graph.reading.program.module)
         model = copy.deepcopy(self.closed).double()
         place_tensors(program, self.graph, tensors_of(model))
-        return find_reference(model, self.example_inputs, widen(program))
+        try:
+            return find_reference(model, self.example_inputs, widen(program))
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be run in float64 to certify its compaction "
+                f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from None
 
 
 class _NearMissError(ValueError):
@@ -262,7 +269,8 @@ def _proof(
     notes: list[str],
 ) -> Proof:
     closed, graph = job.closed, job.graph
-    probes = probes_of(job.example_inputs)
+    known = dict(enumerate(probes_of(job.example_inputs)))
+    probes = [known[number] for number in found.reference.numbers if number in known]
     expected = outputs(closed, probes)
     gap = difference(expected, outputs(small, probes))
     if not gap <= _rounding(expected):

@@ -6,10 +6,11 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
+from dessilbi.certifying import probes_of
 from dessilbi.choosing import Choice, Family
 from dessilbi.compaction import compact
 from dessilbi.graph.program import ExampleInputs, evaluating
-from dessilbi.proving import measure_latency, probes_of
+from dessilbi.proving import measure_latency
 from dessilbi.ticket import Ticket
 
 Evaluate = Callable[[Ticket], float]

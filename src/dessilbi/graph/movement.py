@@ -138,7 +138,7 @@ def index(reader: Reader, x: Any, *args: Any, **kwargs: Any) -> Any:
     dims = [d for d, p in enumerate(places) if p is not None]
     if len(dims) > 1 or places[dims[0]].value.dim() != 1:
         reader.must_not_vary(labels, dims, f"{reader.where} picks fixed positions of it")
-    where = [slice(None) if p is None else p.value for p in places]
+    where = [slice(None) if p is None else p.value.cpu() for p in places]
     picked: Tensor = labels[tuple(where)]
     return tidy(picked)
 

@@ -72,15 +72,14 @@ def _value(reader: Reader, node: fx.Node) -> Any:
     if name == "_assert_tensor_metadata":
         return None
     live = [x for x in flatten((args, kwargs)) if isinstance(x, Tensor | Weight)]
-    if name in SHAPE_ONLY or not live:
-        return _compute(reader, node)
+    plain = name in SHAPE_ONLY or not live
     if name in LIKE and not any(small([reader.labels_of(x)])[0].any() for x in live):
-        return _compute(reader, node)
-    found = RULES.get(name)
-    if found is None:
+        plain = True
+    found = None if plain else RULES.get(name)
+    if found is None and not plain:
         return reader.unknown(args, kwargs)
     try:
-        return found(reader, *args, **kwargs)
+        return found(reader, *args, **kwargs) if found else _compute(reader, node)
     except Exception as error:  # a form of the operation that its rule did not foresee
         reason = f"{reader.where} is used in a way that its rule does not follow ({error!r})"
         return reader.unknown(args, kwargs, reason=reason)
