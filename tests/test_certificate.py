@@ -46,6 +46,18 @@ def test_a_small_output_beside_a_huge_one_is_not_overlooked():
     assert reference.certify(wrong) > 1e-4
 
 
+def test_infinities_that_depend_on_the_input_hide_no_difference():
+    torch.manual_seed(0)
+    model = Net(lambda m, y: m.b(y).masked_fill(m.b(y) > 0.2, float("-inf")))
+    x = torch.randn(3, 6)
+    (reference,) = find_references(model, any_ticket(read_graph(model, x), 1.0, 0), x)
+    wrong = Net(lambda m, y: (1.001 * m.b(y)).masked_fill(m.b(y) > 0.2, float("-inf"))).double()
+    wrong.load_state_dict(model.state_dict())
+    assert any(bool(answer.isinf().any()) for (answer,) in reference.expected)
+    assert reference.certify(model.double()) == 0
+    assert reference.certify(wrong) > 1e-5
+
+
 def test_infinities_that_agree_are_equal():
     a = [[torch.tensor([1.0, float("-inf")])]]
     assert difference(a, a) == 0
@@ -97,6 +109,35 @@ def test_a_forward_that_casts_is_certified_as_a_program():
     model = Net(lambda m, y: m.b(y.float().cumsum(0).to(y.dtype)))
     result = compacted(model, torch.randn(3, 6))
     assert result.proof.relative_diff < 1e-12
+
+
+def test_a_forward_that_checks_its_type_is_certified_as_a_program():
+    def narrow_only(module, y):
+        if y.dtype != torch.float32:
+            raise ValueError("only float32")
+        return module.b(y)
+
+    assert compacted(Net(narrow_only), torch.randn(3, 6)).proof.relative_diff < 1e-12
+
+
+def test_a_forward_that_refuses_larger_inputs_is_judged_by_the_examples():
+    def small_only(module, x):
+        if not torch.compiler.is_exporting() and bool(x.abs().max() > 50):
+            raise ValueError("too large")
+        return 1e4 + module(x)
+
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+    model = nn.Module()
+    model.inner, model.forward = inner, lambda x: small_only(inner, x)
+    with pytest.raises(ValueError, match="does not depend on the input, so nothing"):
+        compacted(model, torch.randn(3, 6))
+
+
+def test_a_model_without_floating_answers_is_refused_in_words():
+    model = Net(lambda m, y: m.b(y).argmax(1))
+    with pytest.raises(ValueError, match="returns no tensor of floating type"):
+        compacted(model, torch.randn(3, 6))
 
 
 def test_nan_for_the_example_inputs_is_said():

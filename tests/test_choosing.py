@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import relu
 
-from dessilbi import DessiLBI, Path, compact, param_groups
+from dessilbi import DessiLBI, Path, compact, param_groups, plan
 from dessilbi.choosing import Family
 from dessilbi.costs import CostModel
 from dessilbi.graph import read_graph
@@ -87,7 +87,7 @@ def test_costs_are_those_of_the_compacted_model(name):
     proof = compact(model, choice.ticket, example_inputs=X).proof
 
     assert (choice.cost.params, choice.cost.bytes) == (proof.params_after, proof.bytes_after)
-    assert choice.cost.macs * len(X) == proof.macs_after < proof.macs_before
+    assert choice.cost.macs == proof.macs_after < proof.macs_before
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -99,7 +99,7 @@ def test_costs_of_random_tickets_are_those_of_the_compacted_model(name):
         proof = compact(model, ticket, example_inputs=X).proof
         cost = costs.of(ticket)
         assert cost.params == proof.params_after < costs.dense.params
-        assert (cost.bytes, cost.macs * len(X)) == (proof.bytes_after, proof.macs_after)
+        assert (cost.bytes, cost.macs) == (proof.bytes_after, proof.macs_after)
 
 
 def test_heads_take_their_products_along():
@@ -110,7 +110,62 @@ def test_heads_take_their_products_along():
     proof = compact(layer, ticket, example_inputs=x).proof
     cost = CostModel(read_graph(layer, x), layer).of(ticket)
 
-    assert (cost.params, cost.macs * 2) == (proof.params_after, proof.macs_after)
+    assert (cost.params, cost.macs) == (proof.params_after, proof.macs_after)
+
+
+class Counted(nn.Module):
+    """A unit of eight before something that has to be counted."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.wide, self.function = nn.Linear(6, 8), nn.Linear(1, 8), function
+        self.weight, self.rnn = nn.Parameter(torch.randn(8, 5)), nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+COUNTED = {
+    "product with a weight": (lambda m, x: m.a(x).relu() @ m.weight, [(3, 6)]),
+    "einsum with a weight": (
+        lambda m, x: torch.einsum("bi,io->bo", m.a(x).relu(), m.weight),
+        [(3, 6)],
+    ),
+    "einsum": (lambda m, x: torch.einsum("bti,bsi->bts", m.a(x), m.a(x)), [(3, 4, 6)]),
+    "once per batch": (
+        lambda m, x: (m.a(x).relu() + m.wide(torch.ones(7, 1)).relu().sum(0)) @ m.weight,
+        [(3, 6)],
+    ),
+    "no rule": (lambda m, x: m.a(m.rnn(x)[0]).relu() @ m.weight, [(3, 4, 6)]),
+    "an input without batch": (
+        lambda m, x, mixing: mixing @ m.a(x).relu() @ m.weight,
+        [(2, 4, 6), (4, 4)],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:UserWarning")
+@pytest.mark.parametrize("name", COUNTED)
+def test_plan_costs_and_proof_count_the_same_macs_of_one_sample(name):
+    torch.manual_seed(0)
+    function, shapes = COUNTED[name]
+    model, x = Counted(function).eval(), tuple(torch.randn(*shape) for shape in shapes)
+    ticket = random_ticket(model, example_inputs=x, density=0.5)
+
+    proof = compact(model, ticket, example_inputs=x).proof
+    costs = CostModel(read_graph(model, x), model)
+
+    assert (costs.dense.macs, costs.of(ticket).macs) == (proof.macs_before, proof.macs_after)
+    assert plan(model, example_inputs=x).macs == proof.macs_before > proof.macs_after > 0
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_macs_do_not_depend_on_the_number_of_examples(samples):
+    model, x = make("lenet"), X[:1].repeat(samples, 1, 1, 1)
+    ticket = random_ticket(model, example_inputs=x, density=0.5)
+    proof = compact(model, ticket, example_inputs=x).proof
+    whole = compact(model, ticket, example_inputs=X).proof
+    assert (proof.macs_before, proof.macs_after) == (whole.macs_before, whole.macs_after)
 
 
 def test_members_are_nested_and_cost_more_and_more():

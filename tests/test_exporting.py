@@ -242,6 +242,16 @@ def test_a_model_that_does_not_trace_is_refused(tmp_path):
     refused(tmp_path, Branching(), "a.pt2", "Branching cannot be read", x=torch.ones(1, 3))
 
 
+def test_a_disk_that_fills_up_under_safetensors_is_an_os_error(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_model", full)
+    words = ("a.safetensors could not be written", "No space left on device")
+    x = torch.ones(1, 3)
+    refused(tmp_path, nn.Linear(3, 2), "a.safetensors", *words, x=x, error=OSError)
+
+
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

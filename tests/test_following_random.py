@@ -47,7 +47,7 @@ def outcome(model, density, seed, *, whole):
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     model = copy.deepcopy(model).double().train()
     graph = read_graph(model, x)
-    ticket = close_on(graph, any_ticket(graph, density, seed, whole=whole))
+    ticket = close_on(graph, any_ticket(graph, density, seed, "whole" if whole else "any"))
     gone = settle_on(graph, ticket).gone
     if any((flagged(graph.axes[c.axis], gone) & c.columns).any() for c in graph.constants):
         return "folds a constant"  # the columns that read it are gone: not the same dynamics

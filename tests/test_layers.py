@@ -43,6 +43,7 @@ ORDER = [
     "unread",  # blocks whose every reader is dead
     "closing",  # a ticket extended to what hangs on it
     "cutting",  # kept indices, applied to tensors and modules
+    "counting",  # multiply-accumulates of one sample
     "costs",  # what a cut leaves, in numbers
     "choosing",  # the closed family of one ranking, and the largest within a budget
     "path",

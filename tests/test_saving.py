@@ -135,6 +135,42 @@ def test_the_type_of_the_weights_comes_back(dtype, tmp_path):
     assert torch.equal(loaded(x), result.model(x))
 
 
+def test_answers_that_are_the_same_tensor_twice_are_kept(tmp_path):
+    class Twice(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return {"one": y, "two": y}
+
+    def factory():
+        return Twice(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    model, x = factory(), torch.randn(2, 6)
+    result = compact(model, random_ticket(model, example_inputs=x, density=0.5), example_inputs=x)
+    save_compact(result, tmp_path / "small")
+    assert torch.equal(load_compact(factory, tmp_path / "small")(x)["two"], result.model(x)["two"])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_disk_that_fills_up_under_weights_or_answers_leaves_nothing(
+    number, small, tmp_path, monkeypatch
+):
+    import dessilbi.storage
+
+    seen, write = [], dessilbi.storage.write_atomic
+
+    def full(path, data):
+        seen.append(path)
+        if len(seen) == number:
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr("dessilbi.saving.write_atomic", full)
+    with pytest.raises(OSError, match="No space"):
+        save_compact(small, tmp_path / "small")
+    assert len(seen) == number
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_loaded_can_be_trained_on_and_does_not_follow_the_file(folder):
     loaded = load_compact(NETS["residual"][0], folder)
     before = loaded.fc.weight.clone()

@@ -20,6 +20,10 @@ TELLS = 1e-4  # an output that varies by less of its size is rounding, as far as
 Answers = Sequence[Sequence[Tensor]]  # per probe, every floating tensor the model returns
 
 
+class SilentError(ValueError):
+    """What a model answers says nothing about what it computes."""
+
+
 def probes_of(example_inputs: ExampleInputs, count: int = DRAWN - 1) -> list[Arguments]:
     """Return the example inputs and ``count`` others of the same kind, on the same devices."""
     args, kwargs = as_arguments(example_inputs)
@@ -90,9 +94,11 @@ def _each(found: Answers) -> list[list[list[Tensor]]]:
     return [[[x] for x in kind] for kind in zip(*found, strict=True)]
 
 
-def _variation(found: Answers) -> float:
-    """Return how much outputs differ between probes, at most."""
-    return max((difference(found[:1], [other]) for other in found[1:]), default=0.0)
+def _variation(kind: Answers) -> float:
+    """Return how much one output differs between probes, at most, where it is finite."""
+    pairs = [(kind[0][0], other[0]) for other in kind[1:]]
+    gaps = [(a - b)[a.isfinite() & b.isfinite()].abs() for a, b in pairs if a.shape == b.shape]
+    return max((float(gap.max()) for gap in gaps if gap.numel()), default=0.0)
 
 
 def sharpness(found: Answers) -> float:
@@ -115,6 +121,17 @@ def relative(expected: Answers, found: Answers) -> float:
         scale = spread if spread > TELLS * size else blunt * size
         worst = max(worst, gap / scale if scale > 0 else gap)
     return worst
+
+
+def agree(expected: Answers, found: Answers) -> bool:
+    """Whether every output differs by no more than rounding in its own type may do, generously."""
+    if any(len(a) != len(b) for a, b in zip(expected, found, strict=True)):
+        return False
+    pairs = zip(_each(expected), _each(found), strict=True)
+    return all(
+        difference(mine, theirs) <= magnitude(mine) * torch.finfo(mine[0][0].dtype).eps ** 0.5
+        for mine, theirs in pairs
+    )
 
 
 @dataclass(frozen=True)
@@ -159,7 +176,7 @@ def find_references(
     whose all-zero weights (an untrained head) are drawn at random.
 
     Raises:
-        ValueError: The output does not depend on the input.
+        SilentError: The output does not depend on the input, or cannot be compared.
     """
     probes = probes_of(example_inputs)
     plain = _reference(copy.deepcopy(closed).double(), probes)
@@ -169,24 +186,31 @@ def find_references(
     calibrated = _reference(_calibrate(awake, wide(probes[0])), probes)
     if calibrated.tells:
         return [plain, calibrated]
-    raise ValueError(_SILENT)
+    raise _silent(plain)
 
 
-_SILENT = (
-    "the output of the masked model does not depend on the input, so nothing can be "
-    "certified: a layer without a bypass is wholly dead; choose a denser ticket"
-)
+def _silent(reference: Reference) -> SilentError:
+    """Return why nothing can be certified."""
+    what = "the output of the masked model does not depend on the input"
+    why = "a layer without a bypass is wholly dead; choose a denser ticket"
+    if not any(reference.expected):
+        what = "the model returns no tensor of floating type"
+        why = "compact the part of it that computes numbers"
+    elif len(reference.probes) == 1:
+        what = "the model takes no inputs but the examples themselves (values drawn like them fail)"
+        why = "give examples in which every number may stand anywhere"
+    return SilentError(f"{what}, so nothing can be certified: {why}")
 
 
 def find_reference(model: nn.Module, example_inputs: ExampleInputs, runner: nn.Module) -> Reference:
     """Return what ``runner`` computes in float64 in the place of ``model``.
 
     Raises:
-        ValueError: The output does not depend on the input.
+        SilentError: The output does not depend on the input, or cannot be compared.
     """
     found = _reference(model, probes_of(example_inputs), runner)
     if not found.tells:
-        raise ValueError(_SILENT)
+        raise _silent(found)
     return found
 
 
@@ -197,8 +221,13 @@ def _reference(
     best = None
     for factor in (1.0, 1e2, 1e4):
         wider = [wide(probe, factor) for probe in (*probes, *_one_by_one(*probes[:2]))]
-        with wide_literals():
-            found = _usable(runner or model, wider)
+        try:
+            with wide_literals():
+                found = _usable(runner or model, wider)
+        except Exception:  # too large for this model
+            if best is None:
+                raise
+            break
         inputs = [wider[number] for number in found]
         new = Reference(model, runner, inputs, list(found), list(found.values()), factor)
         if best is None or sharpness(new.expected) > sharpness(best.expected):
@@ -237,7 +266,7 @@ def _usable(model: nn.Module, probes: Sequence[Arguments]) -> dict[int, list[Ten
         if not any(bool(x.isnan().any()) for x in values):
             found[number] = values
     if 0 not in found:
-        raise ValueError(
+        raise SilentError(
             "the masked model gives NaN for the example inputs: give inputs that it can handle"
         )
     return found

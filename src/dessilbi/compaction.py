@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dessilbi.adapting import Rewriter
 from dessilbi.blueprint import FORMS, Blueprint, Form, tensors_of
 from dessilbi.candidates import Candidate, candidate, narrow
 from dessilbi.certifying import (
     Reference,
+    SilentError,
+    agree,
     difference,
     find_reference,
     find_references,
@@ -25,6 +27,7 @@ from dessilbi.certifying import (
     wide,
 )
 from dessilbi.closing import Settled, close, close_on, dead_blocks, settle, units_of
+from dessilbi.counting import count_macs, repeated, runnable
 from dessilbi.cutting import Cuts, cut_ticket, find_cuts
 from dessilbi.folding import constants_of
 from dessilbi.following import Scheduler, adopt, check_follows, follow
@@ -32,7 +35,7 @@ from dessilbi.graph import Graph, read_graph
 from dessilbi.graph.program import ExampleInputs, evaluating
 from dessilbi.inputs import Arguments
 from dessilbi.naming import unwrap
-from dessilbi.proving import Proof, check_finite, count_macs, measure_latency
+from dessilbi.proving import Proof, check_finite, measure_latency
 from dessilbi.rewriting import place_tensors, sharing_copy, wide_literals, widen
 from dessilbi.ticket import Ticket
 from dessilbi.witness import Witness
@@ -137,7 +140,7 @@ def compact(
     )
     try:
         references = find_references(closed, ticket, example_inputs)
-    except ValueError:
+    except SilentError:
         raise
     except Exception:  # forward does not run in float64
         return _compacted(job, [job.program_reference()])
@@ -174,7 +177,7 @@ class _Job:
         place_tensors(program, self.graph, tensors_of(model))
         try:
             return find_reference(model, self.example_inputs, widen(program))
-        except ValueError:
+        except SilentError:
             raise
         except Exception as error:
             raise ValueError(
@@ -244,9 +247,7 @@ def _finish(job: _Job, settled: Settled, found: Candidate, form: Form, worst: fl
     probe = wide(probes_of(job.example_inputs)[0])
     small = found.rewriter.module if form == "program" else found.build(form)
     assert small is not None
-    is_rewritten = isinstance(found.rewritten, Rewriter)
-    with wide_literals():
-        macs = count_macs((found.build("program") if is_rewritten else None) or small, probe)
+    macs = _macs_after(job.graph, found, small, probe)
     small = narrow(small, {name: t.dtype for name, t in tensors_of(job.closed).items()})
     notes = list(found.rewriter.forced) if form == "program" else []
     proof = _proof(job, settled, small, macs, worst, form, found, notes)
@@ -256,6 +257,14 @@ def _finish(job: _Job, settled: Settled, found: Candidate, form: Form, worst: fl
     witness = Witness.of(found.reference, job.example_inputs)
     blueprint = found.blueprint(form)
     return Compacted(small, proof, optimizer, blueprint, ticket, job.ticket, witness)
+
+
+def _macs_after(graph: Graph, found: Candidate, small: nn.Module, probe: Arguments) -> int:
+    """Return the MACs of one sample, by the program where it could be rewritten."""
+    batch = graph.reading.batch
+    with wide_literals():
+        program = found.build("program") if isinstance(found.rewritten, Rewriter) else None
+        return count_macs(program or small, repeated(probe, batch), batch)
 
 
 def _proof(
@@ -272,12 +281,14 @@ def _proof(
     known = dict(enumerate(probes_of(job.example_inputs)))
     probes = [known[number] for number in found.reference.numbers if number in known]
     expected = outputs(closed, probes)
-    gap = difference(expected, outputs(small, probes))
-    if not gap <= _rounding(expected):
+    found_outputs = outputs(small, probes)
+    gap = difference(expected, found_outputs)
+    if not agree(expected, found_outputs):
         raise ValueError(
             f"the compacted {type(closed).__name__} is exact in float64 but differs by {gap:.2g} "
             f"in its own type; compact it in float32 or float64"
         )
+    batch = graph.reading.batch
     timed = [_latency(each, probes[0], job.latency_repeats) for each in (closed, small)]
     before, after = (_size(each) for each in (closed, small))
     types = {name: tensor.dtype for name, tensor in tensors_of(closed).items()}
@@ -293,7 +304,7 @@ def _proof(
         params_after=after[0],
         bytes_before=before[1],
         bytes_after=after[1],
-        macs_before=count_macs(_program(graph), probes[0]),
+        macs_before=count_macs(runnable(graph.reading.program), repeated(probes[0], batch), batch),
         macs_after=macs,
         max_abs_diff=gap,
         relative_diff=worst,
@@ -309,22 +320,6 @@ def _proof(
         latency_ms_before=timed[0],
         latency_ms_after=timed[1],
     )
-
-
-def _rounding(expected: list[list[Tensor]]) -> float:
-    """A generous bound for what rounding does to outputs in their own type."""
-    bounds = [
-        float(x.abs().max()) * torch.finfo(x.dtype).eps ** 0.5
-        for found in expected
-        for x in found
-        if x.numel()
-    ]
-    return max(bounds, default=0.0)
-
-
-def _program(graph: Graph) -> nn.Module:
-    program = graph.reading.program
-    return copy.deepcopy(program.module) if program.writes else program.module
 
 
 def _latency(model: nn.Module, arguments: Arguments, repeats: int) -> tuple[float, float] | None:

@@ -9,19 +9,24 @@ import numpy as np
 from torch import Tensor, fx, nn
 
 from dessilbi.closing import Flags, flagged, settle_on
-from dessilbi.cutting import Cut, find_cuts, groups_after
-from dessilbi.graph import Graph, Weight
+from dessilbi.counting import count_program
+from dessilbi.cutting import Cut, Cuts, find_cuts, groups_after
+from dessilbi.graph import Graph, Known, Weight
 from dessilbi.graph.program import op_name
 from dessilbi.graph.shapes import blocks_of
 from dessilbi.naming import tensor_names, unwrap
 from dessilbi.ticket import Ticket
 
-PRODUCTS = frozenset({"matmul", "bmm", "mm", "scaled_dot_product_attention"})
+PRODUCTS = frozenset({"matmul", "bmm", "mm", "einsum", "scaled_dot_product_attention"})
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs: parameters, bytes of parameters and buffers, MACs for one sample."""
+    """What a model costs: parameters, bytes of parameters and buffers, MACs for one sample.
+
+    A sample is one entry of the first dimension of the first input. What is computed once for a
+    whole batch is shared out among its samples.
+    """
 
     params: int
     bytes: int
@@ -52,7 +57,9 @@ class CostModel:
         self._params = {names[n]: _size(p) for n, p in model.named_parameters()}
         self._buffers = {names[n]: _size(b) for n, b in model.named_buffers()}
         program = graph.reading.program.module
-        self._products = [node for node in program.graph.nodes if op_name(node) in PRODUCTS]
+        self._products = [node for node in program.graph.nodes if _is_product(graph, node)]
+        known = self._macs(np.zeros(graph.num_blocks, bool), {})
+        self._other = (count_program(graph.reading) or known) - known
 
     @property
     def dense(self) -> Cost:
@@ -75,13 +82,17 @@ class CostModel:
             for name, (shape, width) in self._buffers.items()
         )
         size += sum(count * self._params[name][1] for name, count in added.items())
-        macs = sum(
-            count * left[name] // prod(self._params[name][0])
-            for name, count in graph.macs.items()
-            if left.get(name)
-        )
-        macs += sum(_product(graph, gone, node) for node in self._products)
-        return Cost(sum(left.values()) + sum(added.values()), size, macs)
+        macs = self._macs(gone, cuts) + self._other
+        params = sum(left.values()) + sum(added.values())
+        return Cost(params, size, macs // graph.reading.batch)
+
+    def _macs(self, gone: Flags, cuts: Cuts) -> int:
+        """Return the MACs of the whole batch, without operations that have no rule."""
+        macs = sum(_product(self.graph, gone, cuts, node) for node in self._products)
+        for name, count in self.graph.macs.items():
+            shape = self.graph.shapes[name]
+            macs += count * _left(shape, cuts.get(name, ())) // prod(shape)
+        return macs
 
 
 def _size(tensor: Tensor) -> tuple[tuple[int, ...], int]:
@@ -114,21 +125,49 @@ def _added_biases(graph: Graph, gone: Flags, left: Mapping[str, int]) -> dict[st
     return added
 
 
-def _product(graph: Graph, gone: Flags, node: fx.Node) -> int:
-    """Return the MACs of one product of two activations, for one sample."""
-    one, two = (_sizes_after(graph, gone, operand) for operand in node.args[:2])
+def _is_product(graph: Graph, node: fx.Node) -> bool:
+    """Whether an operation multiplies two activations, or a weight that is not counted yet."""
+    if op_name(node) not in PRODUCTS:
+        return False
+    operand = node.args[1]
+    weight = graph.reading.values[operand] if isinstance(operand, fx.Node) else None
+    return not (isinstance(weight, Weight) and weight.name in graph.macs)
+
+
+def _product(graph: Graph, gone: Flags, cuts: Cuts, node: fx.Node) -> int:
+    """Return the MACs of one product of two activations."""
+    if op_name(node) == "einsum":
+        return _einsum(graph, gone, cuts, node)
+    one, two = (_sizes_after(graph, gone, cuts, operand) for operand in node.args[:2])
     if op_name(node) == "scaled_dot_product_attention":
-        values = _sizes_after(graph, gone, node.args[2])
+        values = _sizes_after(graph, gone, cuts, node.args[2])
         count = prod(one[:-1]) * two[-2] * (one[-1] + values[-1])
     else:
-        count = prod(_sizes_after(graph, gone, node)) * one[-1]
-    return count // max(1, graph.reading.batch)
+        count = prod(_sizes_after(graph, gone, cuts, node)) * one[-1]
+    return count
 
 
-def _sizes_after(graph: Graph, gone: Flags, node: object) -> list[int]:
+def _einsum(graph: Graph, gone: Flags, cuts: Cuts, node: fx.Node) -> int:
+    """Return the MACs of a product of two tensors: the sizes of all letters, multiplied."""
+    equation, operands = node.args[:2]
+    assert isinstance(equation, str)
+    assert isinstance(operands, list | tuple)
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    if len(terms) != 2 or "." in equation:
+        return 0
+    sizes: dict[str, int] = {}
+    for term, operand in zip(terms, operands, strict=True):
+        sizes.update(zip(term, _sizes_after(graph, gone, cuts, operand), strict=True))
+    return prod(sizes.values())
+
+
+def _sizes_after(graph: Graph, gone: Flags, cuts: Cuts, node: object) -> list[int]:
     assert isinstance(node, fx.Node)
     value = graph.reading.values[node]
     shape = value.shape if isinstance(value, Tensor | Weight) else value.value.shape
+    if isinstance(value, Weight | Known) and value.name is not None:
+        stays = {cut.dim: len(cut.index) for cut in cuts.get(value.name, ()) if cut.groups == 1}
+        return [stays.get(dim, size) for dim, size in enumerate(shape)]
     blocks = blocks_of(graph.reading, node, graph.block_of_label)
     if blocks is None:
         return list(shape)

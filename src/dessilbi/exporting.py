@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -286,7 +287,10 @@ def _write_safetensors(
     model: nn.Module, arguments: Arguments, file: Path
 ) -> tuple[Runner, bool, tuple[str, ...]]:
     del arguments
-    safetensors.torch.save_model(model, str(file))
+    try:
+        safetensors.torch.save_model(model, str(file))
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{file.name} could not be written ({error})") from None
     again = copy.deepcopy(model)
     with torch.no_grad():
         for tensor in (*again.parameters(), *again.buffers()):

@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from dessilbi.inputs import Arguments
 
@@ -27,7 +24,8 @@ class Proof:
     model takes where every tensor is stored in its smallest form, see :func:`sparse_bytes`; it is
     below ``bytes_after`` where single elements are dead inside living rows. ``kept_zero`` counts
     dead units that a layer needs, ``rounded`` those that stay so that a width is a multiple. MACs
-    are those of one forward pass with the example inputs; a latency is median and spread.
+    are those of one sample, as everywhere (see :class:`Cost`); a latency is the median and spread
+    of a forward pass with the example inputs.
     """
 
     params_before: int
@@ -126,24 +124,6 @@ def sparse_bytes(tensors: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> 
             ]
         total += min(forms)
     return total
-
-
-def count_macs(model: nn.Module, arguments: Arguments) -> int:
-    """Return multiply-accumulates of one forward pass with these inputs."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    try:  # shapes suffice
-        with fake:
-            return _count(model, pytree.tree_map_only(Tensor, fake.from_tensor, arguments))
-    except Exception:  # forward looks at values
-        return _count(model, arguments)
-
-
-def _count(model: nn.Module, arguments: Arguments) -> int:
-    counter = FlopCounterMode(display=False)
-    args, kwargs = arguments
-    with torch.no_grad(), counter:
-        model(*args, **kwargs)
-    return counter.get_total_flops() // 2
 
 
 def measure_latency(

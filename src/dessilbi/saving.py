@@ -34,7 +34,7 @@ from dessilbi.manifest import (
 )
 from dessilbi.naming import canonical_name, unwrap
 from dessilbi.registry import Options, build_registered, check_registered
-from dessilbi.storage import DamagedFileError, new_folder, sha256_of
+from dessilbi.storage import DamagedFileError, new_folder, sha256_of, write_atomic
 from dessilbi.ticket import Ticket
 from dessilbi.witness import Verdict, Witness, tolerance
 
@@ -87,15 +87,13 @@ def save_compact(
         )
     named = FactoryEntry(name=factory, options=dict(options or {})) if factory else None
     with new_folder(folder) as place:
-        safetensors.torch.save_file(_stored(model), place / WEIGHTS)
-        safetensors.torch.save_file(
-            {
-                f"{probe}.{number}": tensor.contiguous()
-                for probe, found in enumerate(witness.expected)
-                for number, tensor in enumerate(found)
-            },
-            place / WITNESS,
-        )
+        write_atomic(place / WEIGHTS, safetensors.torch.save(_stored(model)))
+        answers = {
+            f"{probe}.{number}": tensor.clone(memory_format=torch.contiguous_format)
+            for probe, found in enumerate(witness.expected)
+            for number, tensor in enumerate(found)
+        }
+        write_atomic(place / WITNESS, safetensors.torch.save(answers))
         compacted.closed.save(place / TICKET)
         manifest = Manifest(
             written_by=__version__,

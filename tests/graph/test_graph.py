@@ -147,10 +147,11 @@ def test_heads_are_blocks():
     assert rows == [*range(4, 8), *range(16, 20), *range(28, 32)]
 
 
-def test_macs_count_one_sample():
+def test_macs_count_the_samples_of_the_program():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
-    macs = read_graph(model, torch.ones(2, 3, 8, 8)).macs
-    assert macs == {"0.weight": 4 * 36 * 27, "2.weight": 5 * 144}
+    graph = read_graph(model, torch.ones(3, 3, 8, 8))
+    assert graph.reading.batch == 3
+    assert graph.macs == {"0.weight": 3 * 4 * 36 * 27, "2.weight": 3 * 5 * 144}
 
 
 @pytest.mark.parametrize("wrong", [3, (), {}, "x"])

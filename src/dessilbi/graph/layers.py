@@ -272,4 +272,4 @@ def prelu(reader: Reader, x: Any, weight: Any) -> Any:
 
 
 def _count(reader: Reader, name: str, macs: int) -> None:
-    reader.macs[name] = reader.macs.get(name, 0) + macs // max(1, reader.batch)
+    reader.macs[name] = reader.macs.get(name, 0) + macs

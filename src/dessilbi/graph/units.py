@@ -93,7 +93,7 @@ class Graph:
         left_out: Weight -> why (some of) its rows cannot be removed.
         axes: Dimension of a tensor -> the block of every index (-1: always there).
         shapes: Tensor -> shape.
-        macs: Weight -> multiply-accumulates for one sample.
+        macs: Weight -> multiply-accumulates for the ``reading.batch`` samples of the program.
         evens: What grouped convolutions demand.
         rects: What tensors with several labelled dimensions demand.
         constants: Consumers of constants.

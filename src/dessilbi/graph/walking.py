@@ -17,7 +17,7 @@ LIKE = frozenset({"zeros_like", "ones_like", "full_like", "empty_like"})
 
 def read(program: Program) -> Reader:
     """Walk the program once."""
-    reader = Reader(program, uses=_uses(program))
+    reader = Reader(program, uses=_uses(program), batch=_samples(program))
     for node in program.module.graph.nodes:
         reader.node = node
         value = _value(reader, node)
@@ -26,6 +26,15 @@ def read(program: Program) -> Reader:
         )
     _freeze_what_varies(reader)
     return reader
+
+
+def _samples(program: Program) -> int:
+    """Size of the first dimension of the first input that has one."""
+    inputs = (
+        node.meta.get("val") for node in program.module.graph.nodes if node.op == "placeholder"
+    )
+    sizes = (shape_of(value) for value in inputs if isinstance(value, Tensor) and value.dim())
+    return max(1, next(sizes, (1,))[0])
 
 
 def _uses(program: Program) -> Counter[str]:
@@ -58,10 +67,7 @@ def _freeze_what_varies(reader: Reader) -> None:
 
 def _value(reader: Reader, node: fx.Node) -> Any:
     if node.op == "placeholder":
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.dim():
-            reader.batch = shape_of(value)[0]
-        return blank_like(value)
+        return blank_like(node.meta.get("val"))
     if node.op == "get_attr":
         return _attribute(reader, str(node.target))
     args = fx.map_arg(node.args, reader.values.__getitem__)
