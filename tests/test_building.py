@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Building the native kernel: on request only, once, and never in the way of training."""
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -116,9 +117,10 @@ def test_two_processes_compile_once(cache, fake_compiler):
 
 def test_the_library_is_named_after_source_flags_and_processor(cache, monkeypatch, tmp_path):
     names = {building.library_file().name}
-    other = tmp_path / "step.cpp"
-    other.write_text(building.SOURCE.read_text() + "\n")
-    changes = {"SOURCE": other, "FLAGS": ("-O0",), "_processor": lambda: "another"}
+    other = tmp_path / "native"
+    shutil.copytree(building.SOURCES, other)
+    (other / "arithmetic.h").write_text("// something else\n")
+    changes = {"SOURCES": other, "FLAGS": ("-O0",), "_processor": lambda: "another"}
     for name, value in changes.items():
         with monkeypatch.context() as patch:
             patch.setattr(building, name, value)

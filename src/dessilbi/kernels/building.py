@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-SOURCE = Path(__file__).parent / "native" / "step.cpp"
+SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("g++", "clang++", "c++")
 # Sums and products keep their order and rounding: the numbers do not depend on the compiler.
 FLAGS = (
@@ -56,7 +56,9 @@ def _processor() -> str:
 
 @lru_cache
 def _key() -> str:
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for file in sorted(SOURCES.iterdir()):
+        digest.update(file.read_bytes())
     digest.update(repr((FLAGS, _processor())).encode())
     return digest.hexdigest()[:16]
 
@@ -114,7 +116,7 @@ def _compile(command: list[str], file: Path) -> Path:
         made = Path(folder) / file.name
         for native in NATIVE:
             done = subprocess.run(  # noqa: S603  # the user's own compiler
-                [*command, *FLAGS, *native, str(SOURCE), "-o", str(made)],
+                [*command, *FLAGS, *native, str(SOURCES / "step.cpp"), "-o", str(made)],
                 capture_output=True,
                 text=True,
                 timeout=_TIMEOUT,

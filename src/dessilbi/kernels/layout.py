@@ -14,7 +14,7 @@ from math import prod
 
 from dessilbi.structure import Block
 
-TILE = 16 * 1024  # elements: some 400 KiB of traffic, small against a cache, large against a call
+TILE = 64 * 1024  # elements: long runs for memory, still many tiles for many threads
 _ROWS = 32  # inner elements per block and tile, so that partial sums are few
 
 

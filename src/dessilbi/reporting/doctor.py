@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path as FilePath
 
+from dessilbi.kernels import building
 from dessilbi.training.data import DATA_SETS, TEXTS, read_text
 from dessilbi.training.environment import environment
 
@@ -23,7 +24,8 @@ def findings(data_root: str | None) -> Iterator[tuple[str, str]]:
         yield name, version or "not installed"
     devices = ", ".join(facts["accelerators"]) or "no accelerator"
     yield "devices", f"{facts['cpus']} CPUs, {facts['threads']} threads, {devices}"
-    yield "kernels", "reference (default on CPU), foreach (default on accelerators)"
+    built = "fused-cpu (built)" if building.find() else "fused-cpu (not built: ask for fused=True)"
+    yield "kernels", f"reference, foreach (default on accelerators), {built}"
     yield from _data(data_root)
     yield "runs", _write_access(FilePath("runs"))
 

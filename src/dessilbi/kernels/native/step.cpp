@@ -4,87 +4,23 @@
 // A plain C interface: no header of torch, so one build serves every version of it. Threads are
 // torch's own; its parallel_for comes in as a function pointer. Every sum has one order, fixed by
 // the tiles and not by the threads, and no two threads add to the same number: the same bits on
-// any number of threads. Contraction is off and fused multiply-adds are written out where torch
-// has them, so that W, V and momentum are those of the reference to the bit wherever no norm
-// is involved. kernels/cpu.py declares the same structs; kernels/layout.py explains levels.
+// any number of threads. kernels/cpu.py declares the same structs; kernels/layout.py explains levels.
 
 #include <atomic>
 #include <cfenv>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+
+#include "arithmetic.h"
 
 namespace {
 
 constexpr int MAX_LEVELS = 16;
-constexpr int CHUNK = 1024;  // elements that stay in the first-level cache between two loops
-constexpr int LANES = 32;
-constexpr int SHORT = 64;    // rows of blocks below this length are taken several at a time
 
 enum Dtype { F32, F64, BF16, F16 };
 enum Kind { PLAIN, SOFT, BLOCKS };
 
-inline float fma_(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-inline double fma_(double a, double b, double c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
-  return __builtin_fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-// How each dtype is read and rounded; the arithmetic is in `Wide`, which is also the dtype of V.
-struct Float {
-  using Stored = float;
-  using Wide = float;
-  static Wide read(Stored x) { return x; }
-  static Stored round(Wide x) { return x; }
-};
-struct Double {
-  using Stored = double;
-  using Wide = double;
-  static Wide read(Stored x) { return x; }
-  static Stored round(Wide x) { return x; }
-};
-struct BFloat16 {
-  using Stored = uint16_t;
-  using Wide = float;
-  static Wide read(Stored x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    return wide;
-  }
-  static Stored round(Wide x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return x != x ? uint16_t(0x7fc0) : uint16_t(nearest);
-  }
-};
-#ifdef __FLT16_MANT_DIG__
-struct Half {
-  using Stored = _Float16;
-  using Wide = float;
-  static Wide read(Stored x) { return Wide(x); }
-  static Stored round(Wide x) { return Stored(x); }
-};
-#endif
-
 }  // namespace
 
 extern "C" {
-
-struct Options {  // of one param group
-  double lr, kappa, nu, momentum, dampening, weight_decay;
-  int64_t nesterov, maximize;
-};
 
 struct Tensor {
   void *w, *m, *v, *scale;
@@ -120,89 +56,6 @@ struct Plan {
 
 namespace {
 
-template <class W>
-struct Factors {
-  W lr, minus_klr, kappa, nu, lam, momentum, undamped, decay, sign, of_buffer, of_gradient;
-  // Options that are off multiply by one or zero, which is exact: one loop serves them all.
-  Factors(const Options &o, const Tensor &t)
-      : lr(W(o.lr)), minus_klr(W(-(o.kappa * o.lr))), kappa(W(o.kappa)), nu(W(o.nu)), lam(W(t.lam)),
-        momentum(W(o.momentum)), undamped(t.fresh ? W(1) : W(1 - o.dampening)),
-        decay(W(o.weight_decay)), sign(o.maximize ? W(-1) : W(1)),
-        of_buffer(o.nesterov ? W(o.momentum) : W(1)), of_gradient(o.nesterov ? W(1) : W(0)) {}
-};
-
-// How a chunk finds the factor kappa max(0, 1 - lam/||V_g||) of its elements.
-enum Scale { NO_V, SOFT_V, ONE_SCALE, MANY_SCALES };
-
-// Gamma of one element; `s` is its factor.
-template <int S, class W>
-inline W gamma_of(W v, W s, const Factors<W> &f) {
-  if (S != SOFT_V) return v * s;
-  const W low = v < -f.lam ? -f.lam : v;
-  return (v - (low > f.lam ? f.lam : low)) * f.kappa;
-}
-
-// The step of docs/mathematics.md in `Wide`; float and double round as torch's operators do.
-template <class T, int S, bool MOMENTUM>
-void advance(typename T::Stored *__restrict w, const typename T::Stored *__restrict g,
-             typename T::Stored *__restrict m, typename T::Wide *__restrict v,
-             const typename T::Wide *__restrict s, int64_t n, Factors<typename T::Wide> f) {
-  using W = typename T::Wide;
-  const W scale = S == ONE_SCALE ? *s : W(0);
-  for (int64_t i = 0; i < n; i++) {
-    const W now = T::read(w[i]);
-    W d = fma_(now, f.decay, f.sign * T::read(g[i]));
-    if (MOMENTUM) {
-      const W b = fma_(d, f.undamped, T::read(m[i]) * f.momentum);
-      m[i] = T::round(b);
-      d = fma_(b, f.of_buffer, d * f.of_gradient);
-    }
-    W next = fma_(d, f.minus_klr, now);
-    if (S != NO_V) {
-      // Old W and old Gamma on purpose: both updates use the values before the step.
-      const W r = (now - gamma_of<S>(v[i], S == ONE_SCALE ? scale : S == MANY_SCALES ? s[i] : W(0), f)) / f.nu;
-      v[i] = fma_(r, f.lr, v[i]);
-      next = fma_(r, f.minus_klr, next);
-    }
-    w[i] = T::round(next);
-  }
-}
-
-// The coupling alone, around another optimizer that has moved W from `old`.
-template <class T, int S>
-void couple(typename T::Stored *__restrict w, const typename T::Stored *__restrict old,
-            typename T::Wide *__restrict v, const typename T::Wide *__restrict s, int64_t n,
-            Factors<typename T::Wide> f) {
-  using W = typename T::Wide;
-  const W scale = S == ONE_SCALE ? *s : W(0);
-  for (int64_t i = 0; i < n; i++) {
-    const W r = (T::read(old[i]) - gamma_of<S>(v[i], S == ONE_SCALE ? scale : S == MANY_SCALES ? s[i] : W(0), f)) / f.nu;
-    v[i] = fma_(r, f.lr, v[i]);
-    w[i] = T::round(fma_(r, f.minus_klr, T::read(w[i])));
-  }
-}
-
-template <class W>
-double sum_of_squares(const W *__restrict v, int64_t n) {
-  if (n < LANES) {
-    W sum = 0;
-    for (int64_t i = 0; i < n; i++) sum = fma_(v[i], v[i], sum);
-    return sum;
-  }
-  double lane[LANES] = {0};
-  for (; n >= LANES; n -= LANES, v += LANES)
-    for (int l = 0; l < LANES; l++) lane[l] = fma_(double(v[l]), double(v[l]), lane[l]);
-  for (int64_t l = 0; l < n; l++) lane[l] = fma_(double(v[l]), double(v[l]), lane[l]);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int l = 0; l < half; l++) lane[l] += lane[l + half];
-  return lane[0];
-}
-
-template <class W>
-void add_squares(const W *__restrict v, double *__restrict sums, int64_t n) {
-  for (int64_t i = 0; i < n; i++) sums[i] = fma_(double(v[i]), double(v[i]), sums[i]);
-}
-
 // One tile of one tensor. `STEP` false: only the sums of squares of V as it is.
 template <class T, bool STEP>
 struct Tile {
@@ -216,7 +69,7 @@ struct Tile {
   W spread[CHUNK];
 
   Tile(const Tensor &t_, const void *g_, const Options &o, int64_t tile)
-      : t(t_), g(static_cast<const Stored *>(g_)), f(o, t_) {
+      : t(t_), g(static_cast<const Stored *>(g_)), f(o, t_.lam, t_.fresh) {
     int64_t count[MAX_LEVELS], place = 0;
     for (int64_t k = t.num_levels - 1; k >= 0; k--) {
       count[k] = (t.size[k] + t.tile[k] - 1) / t.tile[k];
@@ -287,8 +140,15 @@ struct Tile {
   void long_row(int64_t at, int64_t block, int64_t n) {
     if (t.kind == PLAIN) return move<NO_V>(at, nullptr, n);
     if (t.kind == SOFT) return move<SOFT_V>(at, nullptr, n);
-    move<ONE_SCALE>(at, scales() + block, n);
-    sums[block] += sum_of_squares(v() + at, n);
+    const W *s = scales() + block;
+    if (STEP && n >= LANES) {
+      double lane[LANES] = {0};
+      move<ONE_SCALE, true>(at, s, n, lane);
+      sums[block] += joined(lane);
+    } else {
+      move<ONE_SCALE>(at, s, n);
+      sums[block] += sum_of_squares(v() + at, n);
+    }
   }
 
   template <int WIDTH>
@@ -315,16 +175,21 @@ struct Tile {
   W *v() const { return static_cast<W *>(t.v); }
   const W *scales() const { return static_cast<const W *>(t.scale); }
 
-  template <int S>
-  void move(int64_t at, const W *s, int64_t n) {
+  template <int S, bool SUMS = false>
+  void move(int64_t at, const W *s, int64_t n, double *lane = nullptr) {
     if (!STEP) return;
-    Stored *w = static_cast<Stored *>(t.w) + at;
-    if (t.old) return couple<T, S>(w, static_cast<const Stored *>(t.old) + at, v() + at, s, n, f);
-    W *own = S == NO_V ? nullptr : v() + at;
-    if (t.m)
-      advance<T, S, true>(w, g + at, static_cast<Stored *>(t.m) + at, own, s, n, f);
-    else
-      advance<T, S, false>(w, g + at, nullptr, own, s, n, f);
+    Chunk<T> c{static_cast<Stored *>(t.w) + at, g + at, nullptr, nullptr, nullptr, s, W(0), f};
+    if (S != NO_V) c.v = v() + at;
+    if (S == ONE_SCALE) c.scale = *s;
+    if (t.old) {
+      c.old = static_cast<const Stored *>(t.old) + at;
+      if (S != NO_V) move_all<T, S, COUPLE, SUMS>(c, n, lane);
+    } else if (t.m) {
+      c.m = static_cast<Stored *>(t.m) + at;
+      move_all<T, S, MOMENTUM_STEP, SUMS>(c, n, lane);
+    } else {
+      move_all<T, S, PLAIN_STEP, SUMS>(c, n, lane);
+    }
   }
 };
 

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What DessiLBI costs in training: epochs of ResNet-20 on images of CIFAR's shape, beside SGD.
+
+python benchmarks/train_overhead.py --images 12800 --epochs 2
+
+Contenders take turns batch by batch, each with its own copy of the net, so that whatever else the
+machine does falls on all of them alike. Images are noise: no figure here is an accuracy.
+"""
+
+import argparse
+import copy
+import os
+import platform
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from step import RESULTS, machine
+from torch import Tensor, nn
+
+from dessilbi import DessiLBI, param_groups
+from dessilbi import Path as DensityPath
+from dessilbi.kernels import building
+from dessilbi.storage import write_json
+
+BATCH = 128
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.missing = width - before
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(branch + shortcut)."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        if self.missing:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.missing))
+        return F.relu(x + y)
+
+
+def resnet20() -> nn.Module:
+    """The net of He et al. (2016), section 4.2."""
+    blocks = [Block(16, 16, 1) for _ in range(3)]
+    for before, width in ((16, 32), (32, 64)):
+        blocks += [Block(before, width, 2), Block(width, width, 1), Block(width, width, 1)]
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        *blocks,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+def contenders(model: nn.Module) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+    """Copies of one net, each with an optimizer."""
+    found = {}
+    for name in ("SGD", "SGD fused", "DessiLBI fused", "DessiLBI reference"):
+        net = copy.deepcopy(model)
+        if name.startswith("SGD"):
+            fused = True if name.endswith("fused") else None
+            optimizer = torch.optim.SGD(net.parameters(), **SGD, fused=fused)
+        else:
+            fused = name.endswith("fused")
+            groups = param_groups(net)
+            optimizer = DessiLBI(groups, nu=100.0, lam=0.1, **SGD, fused=fused)
+        found[name] = net, optimizer
+    return found
+
+
+def train_step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+    """One batch; returns the seconds of the optimizer's step alone."""
+    optimizer.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    start = time.perf_counter()
+    optimizer.step()
+    return time.perf_counter() - start
+
+
+def epoch(runs: dict, images: int, seed: int) -> dict[str, dict[str, float]]:
+    """One epoch of all contenders; seconds of the whole, and of the steps alone."""
+    generator = torch.Generator().manual_seed(seed)
+    totals = {name: {"seconds": 0.0, "step_seconds": 0.0} for name in runs}
+    pairs: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(images // BATCH):
+        x = torch.randn(BATCH, 3, 32, 32, generator=generator)
+        y = torch.randint(10, (BATCH,), generator=generator)
+        for name, (net, optimizer) in runs.items():
+            start = time.perf_counter()
+            step = train_step(net, optimizer, x, y)
+            seconds = time.perf_counter() - start
+            totals[name]["seconds"] += seconds
+            totals[name]["step_seconds"] += step
+            pairs[name].append(seconds)
+    for name, times in pairs.items():
+        ratios = [mine / theirs for mine, theirs in zip(times, pairs["SGD"], strict=True)]
+        totals[name]["ratio_median"] = statistics.median(ratios)
+        totals[name]["ms_min"] = 1e3 * min(times)
+    return totals
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=12_800)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-MACHINE")
+    arguments = parser.parse_args()
+    building.build()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    runs = contenders(resnet20())
+    for name in ("DessiLBI fused", "DessiLBI reference"):  # about 100 points in 200 epochs
+        DensityPath(runs[name][1], total_steps=200 * (arguments.images // BATCH))
+    epoch(runs, 3 * BATCH, seed=0)
+    epochs = []
+    for number in range(arguments.epochs):
+        totals = epoch(runs, arguments.images, seed=1 + number)
+        base = totals["SGD"]
+        for name, own in totals.items():
+            own["ratio"] = own["seconds"] / base["seconds"]
+            own["step_share"] = own["step_seconds"] / base["seconds"]
+            print(
+                f"epoch {number}  {name:20} {own['seconds']:7.1f} s  x {own['ratio']:.3f} "
+                f"(median of batches {own['ratio_median']:.3f}), "
+                f"step alone {100 * own['step_share']:.2f} % of SGD's epoch",
+                flush=True,
+            )
+        epochs.append(totals)
+    folder = arguments.out or RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{platform.machine()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "train-overhead.json",
+        {
+            "machine": machine(),
+            "model": "ResNet-20, images 3 x 32 x 32",
+            "batch": BATCH,
+            "images": arguments.images,
+            "threads": arguments.threads,
+            "load": os.getloadavg()[0],
+            "epochs": epochs,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
