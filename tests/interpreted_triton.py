@@ -42,7 +42,7 @@ def kernel():
 def interpreted(kernel, monkeypatch):
     """CPU tensors step by the kernel for CUDA."""
     monkeypatch.setattr(fusing, "kernel_for", lambda device, asked: kernel if asked else None)
-    monkeypatch.setattr(fusing, "prepare", lambda: None)
+    monkeypatch.setattr(fusing, "prepare", lambda params: None)
     monkeypatch.setattr(fused, "CASES", CASES)
 
 

@@ -93,6 +93,88 @@ def test_a_library_that_does_not_load_is_not_used(cache, fake_compiler):
     assert trained()[1].kernel == "reference"
 
 
+@pytest.mark.parametrize("damage", [lambda x: x[:-4096], lambda x: b"", lambda x: x[:-1] + b"!"])
+def test_a_damaged_library_is_never_loaded_and_is_built_again(kernel_cache, cache, damage):
+    found = next(kernel_cache.glob("*.so"))
+    cache.mkdir()
+    whole = found.read_bytes()
+    (cache / found.name).write_bytes(damage(whole))
+    assert building.find() is None
+    assert trained()[1].kernel == "reference"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "_compile", lambda *_: (cache / found.name).write_bytes(whole))
+        patch.setenv("CXX", "compiler")
+        building.build()
+    assert building.find() == cache / found.name
+    assert trained()[1].kernel == "fused-cpu"
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(cache, fake_compiler, monkeypatch):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    fake_compiler()
+    monkeypatch.setattr(building.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(building.NoKernelError, match=r"failed: .*No space left on device$"):
+        building.build()
+    assert not list(cache.glob("*.so"))
+
+
+def test_a_compiler_that_runs_out_of_disk_is_told(cache, tmp_path, monkeypatch):
+    script = tmp_path / "compiler.py"
+    script.write_text(
+        "import sys\nopen(sys.argv[-1], 'w').write('half')\n"
+        "sys.exit('In file included from step.cpp:1:\\n/tmp/x.s: error: No space left on device')"
+    )
+    monkeypatch.setenv("CXX", f"{sys.executable} {script}")
+    with pytest.raises(building.NoKernelError, match=r"kernel: /tmp/x\.s: error: No space left"):
+        building.build()
+    assert [file.suffix for file in cache.iterdir()] in ([], [".lock"])
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [("g++ '", "is no command"), ("/nowhere/g++", r"failed: .*No such file"), (" ", "no C\\+\\+")],
+)
+def test_a_compiler_that_is_none_is_told(cache, monkeypatch, told, message):
+    monkeypatch.setenv("CXX", told)
+    with pytest.raises(building.NoKernelError, match=message):
+        building.build()
+
+
+def test_without_a_home_folder_nothing_is_built_and_training_goes_on(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("DESSILBI_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(building.Path, "home", homeless)
+    fusing._prepare.cache_clear()
+    assert trained()[1].kernel == "reference"
+    with pytest.warns(UserWarning, match="no home folder .* DESSILBI_CACHE"):
+        assert trained(fused=True)[1].kernel == "reference"
+    fusing._prepare.cache_clear()
+
+
+def test_where_files_cannot_be_locked_it_is_built_without(cache, fake_compiler, monkeypatch):
+    def no_locks(*_, **__):
+        raise NotImplementedError
+
+    fake_compiler()
+    monkeypatch.setattr(building, "FileLock", no_locks)
+    assert building.build() == building.find()
+
+
+def test_a_torch_without_threads_to_share_is_told(built_kernel, monkeypatch, tmp_path):
+    from dessilbi.kernels import cpu
+
+    monkeypatch.setattr(cpu.torch, "__file__", str(tmp_path / "__init__.py"))
+    cpu._parallel_for.cache_clear()
+    with pytest.raises(OSError, match="has no torch_parallel_for"):
+        cpu.CpuKernel(building.find())
+    cpu._parallel_for.cache_clear()
+
+
 def test_nothing_is_built_unless_asked_for(cache, fake_compiler):
     calls = fake_compiler()
     for options in ({}, {"fused": False}, {"foreach": True}):
@@ -116,7 +198,7 @@ def test_two_processes_compile_once(cache, fake_compiler):
 
 
 def test_the_library_is_named_after_source_flags_and_processor(cache, monkeypatch, tmp_path):
-    names = {building.library_file().name}
+    names = {building.place().name}
     other = tmp_path / "native"
     shutil.copytree(building.SOURCES, other)
     (other / "arithmetic.h").write_text("// something else\n")
@@ -125,11 +207,11 @@ def test_the_library_is_named_after_source_flags_and_processor(cache, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(building, name, value)
             building._key.cache_clear()
-            names.add(building.library_file().name)
+            names.add(building.place().name)
         building._key.cache_clear()
     assert len(names) == 4
-    assert building.library_file().name in names
-    assert building.library_file().parent == cache
+    assert building.place().name in names
+    assert building.place().parent == cache
 
 
 def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):

@@ -60,6 +60,7 @@ class Fusion:
         self._groups: list[Group] = []
         self._idle: list[Tensor] = []
         self._carried: list[Carried] = []
+        self._seen: list[Any] = []
 
     def choice(self, optimizer: Any) -> Choice:
         """Return what is fused, chosen anew if the groups have changed.
@@ -86,6 +87,16 @@ class Fusion:
         self._told, self._lams = told, lams
         return self._choice
 
+    def settled(self, optimizer: Any) -> Choice:
+        """Return :meth:`choice`, made anew also where tensors have come to lie otherwise.
+
+        What it says stands until the step is over, so that another optimizer may step in between.
+        """
+        if _seen(optimizer, self.choice(optimizer)) != self._seen:
+            self._told = []
+            self._seen = _seen(optimizer, self.choice(optimizer))
+        return self._choice
+
     def ready(
         self,
         optimizer: Any,
@@ -97,7 +108,8 @@ class Fusion:
         Args:
             optimizer: The optimizer, always the same one.
             options: The numbers of its groups.
-            olds: W before another optimizer moved it: only the coupling is to be added.
+            olds: W before another optimizer moved it: only the coupling is to be added, where
+                there is one, as :meth:`settled` chose.
 
         Returns:
             The parameters that :meth:`run` will move.
@@ -111,7 +123,8 @@ class Fusion:
         if not self._still_fits(optimizer, olds):
             for param in self._params:
                 check_gradient(param)
-            self._told = []  # state may lie differently now
+            if olds is None:
+                self._told = []  # state may lie differently now
             self._make(optimizer, self.choice(optimizer), olds)
             fits = [carried.still_fits(optimizer, olds) for carried in self._carried]
             assert all(fits), "a plan just made describes what it was made from"
@@ -120,7 +133,7 @@ class Fusion:
         return {p for carried in self._carried for p in carried.moving}
 
     def _still_fits(self, optimizer: Any, olds: Mapping[Tensor, Tensor] | None) -> bool:
-        if not self._carried or any(p.grad is not None for p in self._idle):
+        if not self._carried or any(_moves(p, olds) for p in self._idle):
             return False
         return all(carried.still_fits(optimizer, olds) for carried in self._carried)
 
@@ -132,7 +145,7 @@ class Fusion:
                 if piece is not None:
                     places.setdefault(p.device, []).append(piece)
         self._carried = [Carried(optimizer, choice, pieces) for pieces in places.values()]
-        self._idle = [p for p in choice.levels if p.grad is None]
+        self._idle = [p for p in choice.levels if not _moves(p, olds)]
 
     def run(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> bool:
         """Take the step that :meth:`ready` prepared.
@@ -159,7 +172,7 @@ def _piece(
     if p not in choice.levels:
         return None
     levels = choice.levels[p]
-    if p.grad is None:
+    if not _moves(p, olds):
         # A member of a unit may lend its norms to the others.
         v = dual.v_of(optimizer, p)  # type: ignore[arg-type]
         lends = v is not None and group["unit"] is not None
@@ -169,11 +182,23 @@ def _piece(
     return Piece(p, v, buffer, levels, number, fresh, old=None if olds is None else olds[p])
 
 
+def _moves(p: Tensor, olds: Mapping[Tensor, Tensor] | None) -> bool:
+    return p.grad is not None and (olds is None or p in olds)
+
+
+def _seen(optimizer: Any, choice: Choice) -> list[Any]:
+    """What a choice depends on beside the groups: how W and V lie in memory."""
+    vs = [dual.v_of(optimizer, p) for p in choice.levels]
+    seen = [None if v is None else (id(v), v.dtype, v.stride()) for v in vs]
+    return [(p.dtype, p.stride(), own) for p, own in zip(choice.levels, seen, strict=True)]
+
+
 class _Row(NamedTuple):
     """What a step must find as it was when the plan was made."""
 
     param: Tensor
     place: int
+    dtype: torch.dtype
     strides: tuple[int, ...]
     numel: int
     moves: bool
@@ -222,21 +247,25 @@ class Carried:
     def _row(optimizer: Any, piece: Piece) -> _Row:
         p, v, buffer = piece.param, piece.v, piece.buffer
         return _Row(
-            *(p, p.data_ptr(), p.stride(), p.numel(), piece.moves, optimizer.state.get(p)),
+            *(p, p.data_ptr(), p.dtype, p.stride(), p.numel()),
+            *(piece.moves, optimizer.state.get(p)),
             *(v, 0 if v is None else v.data_ptr()),
             *(buffer, 0 if buffer is None else buffer.data_ptr()),
         )
 
     def still_fits(self, optimizer: Any, olds: Mapping[Tensor, Tensor] | None) -> bool:
         """Return whether tensors and state are as the plan has them; note down the gradients."""
-        if olds is not None and any(olds[p] is not old for p, old in self._olds):
+        if olds is not None and any(olds.get(p) is not old for p, old in self._olds):
             return False
         known, self._grads = optimizer.state, []
-        for p, place, strides, numel, moves, state, v, v_place, buffer, buffer_place in self._rows:
+        for row in self._rows:
+            p, place, dtype, strides, numel, moves, state, v, v_place, buffer, buffer_place = row
             grad = p.grad
-            if (grad is not None) is not moves or known.get(p) is not state:
+            if _moves(p, olds) is not moves or known.get(p) is not state:
                 return False
-            if p.data_ptr() != place or p.stride() != strides or p.numel() != numel:
+            if p.data_ptr() != place or p.dtype is not dtype:
+                return False
+            if p.stride() != strides or p.numel() != numel:
                 return False
             if v is not None:
                 found = state.get(dual.STATE_KEY) if moves else dual.v_of(optimizer, p)

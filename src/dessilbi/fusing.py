@@ -7,8 +7,9 @@ steps as it would without one.
 """
 
 import importlib.util
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -55,12 +56,16 @@ def choose(
         ValueError: Members of a unit do not agree.
     """
     choice = Choice(dual.units_of(dual.members(optimizer)), {}, {})
+    known: dict[tuple[str, bool], Kernel | None] = {}
     for group in optimizer.param_groups:
         asked = asks(group)
         if asked is False:
             continue
         for p in group["params"]:
-            kernel = kernel_for(p.device.type, asked=bool(asked))
+            sort = (p.device.type, bool(asked))
+            if sort not in known:
+                known[sort] = kernel_for(p.device.type, asked=bool(asked))
+            kernel = known[sort]
             if kernel is None or not kernel.takes(p) or not _lr_is_at_hand(group.get("lr"), p):
                 continue
             if _fits(optimizer, p, state_keys):
@@ -121,16 +126,28 @@ def _loaded(file: Path) -> Kernel | None:
         return None
 
 
-def prepare() -> None:
-    """Build the CPU kernel if it is not there; say once per process why that is impossible."""
-    _prepare(building.library_file())
+def prepare(params: Iterable[Tensor]) -> None:
+    """Build the CPU kernel if it is not there; say once per process what is not to be had."""
+    devices = {p.device.type for p in params}
+    if "cpu" in devices:
+        _prepare(os.environ.get("DESSILBI_CACHE"))
+    if "cuda" in devices and _triton() is None:
+        _miss_triton()
 
 
 @lru_cache
-def _prepare(file: Path) -> None:
+def _miss_triton() -> None:
+    warnings.warn(
+        "fused=True falls back to the slower foreach step on CUDA, because Triton is not "
+        "installed: pip install triton",
+        stacklevel=2,
+    )
+
+
+@lru_cache
+def _prepare(cache: str | None) -> None:
     try:
-        building.build()
-        CpuKernel(file)
+        CpuKernel(building.build())
     except (building.NoKernelError, OSError) as error:
         warnings.warn(
             f"fused=True falls back to the slower reference step on this machine: {error}",

@@ -8,10 +8,14 @@ low-precision weights, and may keep references into the given state dict.
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dessilbi import dual
+from dessilbi.sharding import is_sharded
+
+_LAID_OUT = (dual.STATE_KEY, "momentum_buffer")  # what the step walks through beside the weights
 
 
 def with_own_options(
@@ -37,3 +41,14 @@ def own_loaded_state(optimizer: Optimizer, given: dict[str, Any]) -> None:
                 value = told[key].to(device=param.device, dtype=dual.dual_dtype(param))
             if isinstance(value, Tensor):
                 own[key] = value.clone() if value is told.get(key) else value
+            if key in _LAID_OUT:
+                own[key] = laid_out(own[key], param)
+
+
+def laid_out(value: Tensor, param: Tensor) -> Tensor:
+    """Return ``value`` in the memory order of ``param``: files keep none, and sums depend on it."""
+    if type(value) is not Tensor or is_sharded(param) or value.shape != param.shape:
+        return value
+    if value.stride() == param.stride():
+        return value
+    return torch.empty_like(param, dtype=value.dtype).copy_(value)

@@ -142,7 +142,7 @@ class DessiLBI(Optimizer):
             self.param_groups.pop()
             raise
         if self.param_groups[-1]["fused"]:
-            fusing.prepare()
+            fusing.prepare(self.param_groups[-1]["params"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in options that older checkpoints do not have."""

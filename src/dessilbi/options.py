@@ -46,11 +46,12 @@ def _check_fused(group: dict[str, Any]) -> None:
             "fused=True and foreach=True are not allowed together: leave one of them out"
         )
     for param in group["params"]:
-        if not param.is_floating_point() or param.device.type != "cpu" or is_sharded(param):
+        known = param.device.type in ("cpu", "cuda")
+        if not param.is_floating_point() or not known or is_sharded(param):
             kind = "sharded" if is_sharded(param) else f"{param.dtype} on {param.device}"
             raise ValueError(
                 f"fused=True is not allowed for a parameter of shape {tuple(param.shape)} that is "
-                f"{kind}: it needs real floating point weights on the CPU; leave fused out"
+                f"{kind}: it needs real floating point weights on CPU or CUDA; leave fused out"
             )
 
 

@@ -17,7 +17,7 @@ from dessilbi import dual, fusing
 from dessilbi.carrying import Fusion
 from dessilbi.kernels import couple_
 from dessilbi.kernels.pieces import Options
-from dessilbi.loading import own_loaded_state, with_own_options
+from dessilbi.loading import laid_out, own_loaded_state, with_own_options
 from dessilbi.optimizer import DessiLBI, is_phantom_step
 from dessilbi.options import check_coupling, check_structure
 from dessilbi.sharding import local
@@ -171,7 +171,7 @@ class Wrapped(Optimizer):
             raise
         _WRAPPED.add(base)
         if fused:
-            fusing.prepare()
+            fusing.prepare(member.param for member in dual.members(self))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -231,7 +231,7 @@ class Wrapped(Optimizer):
         for group in self.param_groups:
             if OPTIONS[0] not in group:  # added to the base itself
                 self._complete(group)
-        choice = self._fusion.choice(self)
+        choice = self._fusion.settled(self)
         # With a closure, gradients (and so who moves) are known only afterwards.
         fused = [p for p in choice.levels if closure is not None or p.grad is not None]
         rest = [m for unit in choice.units for m in unit if phantom or m.param not in choice.levels]
@@ -345,7 +345,7 @@ class Wrapped(Optimizer):
         ids = [i for group in given["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         self._waiting = {
-            p: alone[i][dual.STATE_KEY].to(p.device, dual.dual_dtype(p), copy=True)
+            p: laid_out(alone[i][dual.STATE_KEY].to(p.device, dual.dual_dtype(p), copy=True), p)
             for i, p in zip(ids, params, strict=True)
             if i in alone
         }

@@ -29,6 +29,16 @@ def test_versions_devices_kernels_data_and_write_access_are_told(tmp_path):
     assert not any("\n" in value for _, value in found)
 
 
+def test_the_fused_kernel_is_built_can_be_built_or_cannot(kernel_cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "some-compiler")
+    assert doctor._fused() == "fused-cpu (fused=True builds it with some-compiler)"
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._fused().startswith("fused-cpu (cannot be built: no C++ compiler was found")
+    monkeypatch.setenv("DESSILBI_CACHE", str(kernel_cache))
+    assert doctor._fused() == "fused-cpu (built)"
+
+
 def test_a_data_folder_is_named(tmp_path):
     assert dict(doctor.findings(str(tmp_path)))["data"] == str(tmp_path)
 

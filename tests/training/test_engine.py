@@ -128,6 +128,7 @@ def test_the_environment_tells_where_a_run_was_trained(quick):
     assert told["engine"]["device"] == "cpu"
     assert told["engine"]["threads"] == torch.get_num_threads()
     assert told["engine"]["strategy"] is None
+    assert told["engine"]["kernel"] == "reference"
     assert told["data"] is None
     assert told["packages"]["lightning-fabric"]
 

@@ -79,11 +79,18 @@ def load(path: Path) -> ctypes.CDLL:
 
 @lru_cache
 def _parallel_for() -> int:
-    """The address of parallel_for of torch's stable C interface: its own pool of threads."""
+    """The address of parallel_for of torch's stable C interface: its own pool of threads.
+
+    Raises:
+        OSError: This torch has none.
+    """
     folder = Path(torch.__file__).parent / "lib"
-    name = "libtorch_cpu.dylib" if (folder / "libtorch_cpu.dylib").exists() else "libtorch_cpu.so"
-    function = ctypes.CDLL(str(folder / name)).torch_parallel_for
-    return ctypes.cast(function, c_void_p).value or 0
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
+        if (folder / name).exists():
+            function = getattr(ctypes.CDLL(str(folder / name)), "torch_parallel_for", None)
+            if address := function and ctypes.cast(function, c_void_p).value:
+                return address
+    raise OSError(f"torch {torch.__version__} has no torch_parallel_for that could be found")
 
 
 class CpuKernel:
@@ -97,6 +104,7 @@ class CpuKernel:
 
     def __init__(self, path: Path):
         self._library = load(path)
+        _parallel_for()
 
     def takes(self, param: Tensor) -> bool:
         """Return whether the kernel was built for weights of this dtype."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path as FilePath
 
+from dessilbi.fusing import kernel_for
 from dessilbi.kernels import building
 from dessilbi.training.data import DATA_SETS, TEXTS, read_text
 from dessilbi.training.environment import environment
@@ -24,10 +25,18 @@ def findings(data_root: str | None) -> Iterator[tuple[str, str]]:
         yield name, version or "not installed"
     devices = ", ".join(facts["accelerators"]) or "no accelerator"
     yield "devices", f"{facts['cpus']} CPUs, {facts['threads']} threads, {devices}"
-    built = "fused-cpu (built)" if building.find() else "fused-cpu (not built: ask for fused=True)"
-    yield "kernels", f"reference, foreach (default on accelerators), {built}"
+    yield "kernels", f"reference, foreach (default on accelerators), {_fused()}"
     yield from _data(data_root)
     yield "runs", _write_access(FilePath("runs"))
+
+
+def _fused() -> str:
+    if (kernel := kernel_for("cpu", asked=True)) is not None:
+        return f"{kernel.name} (built)"
+    try:
+        return f"fused-cpu (fused=True builds it with {building.compiler()[0]})"
+    except building.NoKernelError as error:
+        return f"fused-cpu (cannot be built: {error})"
 
 
 def _data(root: str | None) -> Iterator[tuple[str, str]]:

@@ -95,7 +95,7 @@ def train(
         check_tensorboard()
     with engine_for(recipe.precision, device=device, strategy=strategy) as engine:
         setting = prepare(recipe, engine, data_root=data_root, download=download)
-        run = engine.on_first(lambda: new_run(setting, engine, out, data_root))
+        run = engine.on_first(lambda: new_run(setting, out, data_root))
         with owned(run, engine):
             watching = watching_of(run, engine, reporter, trackers, draw=draw, step=0)
             _go(setting, engine, watching, None)
@@ -147,7 +147,7 @@ def resume(
         watching = watching_of(run, engine, reporter, trackers, draw=draw, step=start)
         watching.reporter.say(f"resuming {run.folder} after step {start}")
         if checkpoint is not None and engine.first:
-            compare(checkpoint.facts["engine"], engine.facts())
+            compare(checkpoint.facts["engine"], setting.facts)
         _go(setting, engine, watching, checkpoint)
     return run
 

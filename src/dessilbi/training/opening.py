@@ -20,12 +20,10 @@ from dessilbi.training.state import whole
 from dessilbi.training.watching import Tracker, Watching, tensorboard
 
 
-def new_run(
-    setting: Setting, engine: Engine, out: str | FilePath | None, data_root: str | FilePath | None
-) -> Run:
+def new_run(setting: Setting, out: str | FilePath | None, data_root: str | FilePath | None) -> Run:
     """Make the run folder with all that is known before the first step."""
     facts = environment() | {
-        "engine": engine.facts(),
+        "engine": setting.facts,
         "data": None if data_root is None else str(FilePath(data_root).absolute()),
     }
     # Built once more, because the one in use may be on another device, and cut in parts.
@@ -65,7 +63,11 @@ def watching_of(
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn where a run goes on under conditions that change its last digits."""
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+    changed = [
+        f"{name} {before[name]} -> {value}"
+        for name, value in now.items()
+        if before.get(name, value) != value
+    ]
     if changed:
         warnings.warn(
             f"this run goes on under other conditions ({', '.join(changed)}): its last digits may "

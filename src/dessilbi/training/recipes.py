@@ -75,6 +75,7 @@ class OptimizerRecipe(_Part):
     moves the weights, with ``lr`` and ``weight_decay``; momentum, dampening and nesterov do not
     apply. ``lam_filter`` is the ``lam`` of whole filters, which have larger norms than single
     weights, and of units; without it theirs is ``lam``. A rule of the structure goes before both.
+    ``fused``: as in DessiLBI and wrap; true builds the fused kernel if it is not there.
     """
 
     base: Literal["sgd", "adamw"] = "sgd"
@@ -89,6 +90,7 @@ class OptimizerRecipe(_Part):
     weight_decay: NonNegative = 0.0
     nesterov: bool = False
     block_scale: Literal["unit", "sqrt"] = "unit"
+    fused: bool | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -206,7 +206,7 @@ class Session:
                 "score": score,
                 "position": asdict(self.position),
                 "seen": self._seen,
-                "engine": engine.facts(),
+                "engine": setting.facts,
                 "scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
             }
             if engine.first:

@@ -28,6 +28,7 @@ class Setting:
         module: What to call in training: the model as the engine compiled and shared it.
         optimizer: The optimizer itself.
         stepper: What to step: the optimizer as the engine adopted it.
+        engine: Where it runs.
     """
 
     recipe: Recipe
@@ -36,6 +37,7 @@ class Setting:
     module: nn.Module
     optimizer: DessiLBI | Wrapped
     stepper: Optimizer
+    engine: Engine
 
     @property
     def steps_per_epoch(self) -> int:
@@ -52,6 +54,11 @@ class Setting:
         """Path time of the whole run."""
         recipe = self.recipe
         return path_time(recipe.schedule, recipe.optimizer.path_lr, self.total_steps, recipe.epochs)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the last digits of the run, as plain values."""
+        return {**self.engine.facts(), "kernel": self.optimizer.kernel}
 
     def set_lr(self, step: int) -> None:
         """Set the learning rate of the step with this index: a function of it alone."""
@@ -87,7 +94,7 @@ def prepare(
         optimizer = build_optimizer(_placed(groups, model), optimizer_of(recipe, total_steps))
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
-    return Setting(recipe, data, model, module, optimizer, engine.adopt(optimizer))
+    return Setting(recipe, data, model, module, optimizer, engine.adopt(optimizer), engine)
 
 
 def _check_batches(recipe: Recipe, data: Data, engine: Engine) -> None:
@@ -118,7 +125,7 @@ def build_optimizer(groups: list[dict[str, Any]], options: OptimizerRecipe) -> D
     else:
         base = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
         coupling = options.model_dump(include={"nu", "lam", "kappa", "block_scale"})
-        optimizer = wrap(base, **coupling)
+        optimizer = wrap(base, fused=options.fused, **coupling)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
