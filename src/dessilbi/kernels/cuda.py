@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of a fused step on CUDA: tables on the device, and the launches of kernels/triton.py.
 
-Not run on a GPU yet: its tests run it on the CPU in Triton's interpreter and compile it for GPUs.
+Not run on a GPU yet: its tests run it on the CPU in Triton's interpreter and compile it for one.
 """
 
 import struct

@@ -17,7 +17,6 @@ constexpr int STRIDE = 64;   // elements between two looks ahead
 constexpr int AHEAD = 512;   // elements; too near arrives late, too far is gone again
 constexpr int SHORT = 64;    // rows of blocks up to this length are taken several at a time
 
-
 inline float fma_(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
   return __builtin_fmaf(a, b, c);
