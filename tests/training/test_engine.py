@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 from dessilbi import Path
 from dessilbi.storage import read_json, read_lines
 from dessilbi.training.engine import engine_for
+from dessilbi.training.opening import compare
 from dessilbi.training.randomness import random_states, seeded, set_random_states
 from dessilbi.training.stopping import stoppable
 
@@ -131,6 +133,27 @@ def test_the_environment_tells_where_a_run_was_trained(quick):
     assert told["engine"]["kernel"] == "reference"
     assert told["data"] is None
     assert told["packages"]["lightning-fabric"]
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_a_recipe_may_ask_for_the_fused_kernel_and_the_run_tells_which_it_was(
+    tmp_path, base, built_kernel, quick
+):
+    run = train_tiny(tmp_path / "run", *QUICK, "optimizer.fused=true", f"optimizer.base={base}")
+    assert read_json(run.environment)["engine"]["kernel"] == "fused-cpu"
+    if base == "sgd":
+        left, right = (safetensors.torch.load_file(r.model) for r in (run, quick))
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+def test_going_on_with_another_kernel_is_told():
+    then, now = {"threads": 1, "kernel": "reference"}, {"threads": 1, "kernel": "fused-cpu"}
+    with pytest.warns(UserWarning, match=r"\(kernel reference -> fused-cpu\): its last digits"):
+        compare(then, now)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare(then, then)
+        compare({"threads": 1}, now)  # an older checkpoint does not know
 
 
 def draw():

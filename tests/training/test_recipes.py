@@ -282,4 +282,8 @@ def test_every_value_is_written_out(mine):
         "retrain",
     }  # which have no value here
     assert set(told) == set(Recipe.model_fields) - left_out
-    assert set(told["optimizer"]) == set(OptimizerRecipe.model_fields) - {"R", "lam_filter"}
+    assert set(told["optimizer"]) == set(OptimizerRecipe.model_fields) - {
+        "R",
+        "lam_filter",
+        "fused",
+    }
