@@ -156,8 +156,7 @@ class Wrapped(Optimizer):
         self.path_lr: float | None
         self._options = options
         self._waiting: dict[Tensor, Tensor] = {}
-        self._fused = fused
-        self._fusion = _fusion(fused)
+        self._fused, self._fusion = fused, _fusion(fused)
         self._olds: dict[Tensor, Tensor] = {}
         before = [dict(group) for group in base.param_groups]
         try:
