@@ -82,7 +82,7 @@ def half_row(r):
 
 def nets(record):
     count = "{nets} nets of `tests/random_nets.py`: {equal} equal, {nothing_to_remove} with nothing"
-    told = count + " to remove, {refused} refused, {wrong} wrong.\n"
+    told = count + " to remove, {refused} refused. A wrong one would leave no record.\n"
     reasons = [f"- {times} refused: {why}" for why, times in record["reasons"].items()]
     return "\n".join(["\n## Random nets\n", told.format(**record), *reasons])
 

@@ -6,7 +6,7 @@ import copy
 import hypothesis.strategies as st
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import nn
 
 from dessilbi.closing import close_on
@@ -222,6 +222,7 @@ def outcomes(count):
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # shrinking a net takes longer than it tells
     )
     @given(nets(), st.sampled_from([0.7, 0.4]), st.integers(0, 99), kinds)
     def check(model, density, seed, kind):

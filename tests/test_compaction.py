@@ -556,6 +556,7 @@ def test_a_dead_bias_of_a_removed_layer_is_masked_and_the_ticket_says_so():
     ticket = filter_ticket(model, "a.0.weight", [3])
     closed = close(ticket, model, example_inputs=x)
     assert closed.origin["density_before"] == ticket.density
+    assert f"closed from density {ticket.density:.4g}" in repr(closed)
     assert closed.origin["closed"] is True
     named = [n for n in closed if not closed[n].all()]
     assert named == ["a.0.weight", "a.1.weight", "a.1.bias", "b.0.weight"]

@@ -9,7 +9,7 @@ they do act.) Dead blocks that cannot be removed come back to life and are liste
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -89,7 +89,26 @@ def settle_on(graph: Graph, ticket: Ticket) -> Settled:
 def _settled(
     graph: Graph, ticket: Ticket
 ) -> tuple[Settled, dict[str, Tensor], dict[str, TensorSpec]]:
-    """Return what is dead and can go, with the masks and specs that say so."""
+    """Return what is dead and can go, with the masks and specs that say so.
+
+    Blocks that come back to life may let others go, which may let them go after all: so it is
+    settled again from what was found, until nothing changes.
+    """
+    settled, masks, specs = _settled_once(graph, ticket)
+    first = settled.dead
+    for _ in range(graph.num_blocks):
+        found = Ticket(masks, specs, {"closed": True})
+        if found == ticket and ticket.origin.get("closed") is True:
+            break
+        ticket = found
+        settled, masks, specs = _settled_once(graph, ticket)
+    dead = first | settled.dead
+    return replace(settled, dead=dead, revived=dead & ~settled.gone & ~settled.kept), masks, specs
+
+
+def _settled_once(
+    graph: Graph, ticket: Ticket
+) -> tuple[Settled, dict[str, Tensor], dict[str, TensorSpec]]:
     dead = dead_blocks(graph, ticket)
     while True:
         settled = settle(graph, dead)

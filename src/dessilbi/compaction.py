@@ -295,6 +295,11 @@ def _proof(
     sparse = found.sparse_bytes(job.ticket, types)
     if not settled.gone.any():
         notes.append("no tensor gets smaller: no whole unit is dead that could be removed")
+    if job.optimizer is not None and found.moved:
+        notes.append(
+            "training goes on from the same function, not in the same steps: constants or the "
+            f"size of an RMSNorm went into {', '.join(found.moved)}"
+        )
     if sparse < after[1]:
         notes.append(
             "dead weights inside living units stay as zeros: only sparse storage saves them"

@@ -71,7 +71,8 @@ def fold(
     for axis, blocks in graph.axes.items():
         if axis.name in graph.reading.rescaled:
             stays = int((~flagged(blocks, gone)).sum())
-            result[axis.name] = result[axis.name] * (axis.size / stays) ** 0.5
+            if stays < axis.size:
+                result[axis.name] = result[axis.name] * (axis.size / stays) ** 0.5
     return result
 
 

@@ -311,6 +311,8 @@ class Ticket(Mapping[str, Tensor]):
 
 def _describe(origin: Mapping[str, Any]) -> str:
     told = [f"{key} {origin[key]}" for key in ("order", "step", "epoch") if key in origin]
+    if "density_before" in origin:
+        told.append(f"closed from density {origin['density_before']:.4g}")
     return f", {', '.join(told)}" if told else ""
 
 

@@ -60,6 +60,8 @@ def compact(
     if as_json:
         print_json({**shrunk.to_json(), "folder": str(place)})
         return
+    closed = shrunk.compacted.closed
+    typer.echo(f"density {chosen.density:.4g}, closed {closed.density:.4g}")
     typer.echo(shrunk.compacted.proof)
     typer.echo(
         f"accuracy {shrunk.accuracy_before:.4f} masked, {shrunk.accuracy_after:.4f} compact; "
@@ -91,9 +93,10 @@ def export(
     if as_json:
         print_json(exported.to_json())
         return
-    batch = "any batch" if exported.dynamic_batch else "a fixed batch"
+    batch = ", takes any batch" if exported.dynamic_batch else ", takes a fixed batch"
+    weights_alone = file_format is FormatName.SAFETENSORS
     typer.echo(
-        f"{exported.file}: {exported.bytes:,} bytes, takes {batch}; "
+        f"{exported.file}: {exported.bytes:,} bytes{'' if weights_alone else batch}; "
         f"max |difference| to the PyTorch model {exported.max_abs_diff:.3g}"
     )
     for note in exported.notes:
