@@ -398,6 +398,25 @@ def test_wrong_example_inputs_are_refused():
         random_ticket(model, example_inputs=torch.randn(2, 4, 9, 9), density=0.5)
 
 
+def test_example_inputs_that_are_not_finite_are_refused():
+    model, x, _ = make("plain")
+    ticket = random_ticket(model, example_inputs=x, density=0.5)
+    with pytest.raises(ValueError, match="the example input has values that are not finite"):
+        compact(model, ticket, example_inputs=x * float("nan"))
+
+
+def test_a_model_that_does_not_trace_is_refused_in_one_sentence_and_nothing_else(capfd):
+    class Branching(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if float(y.sum()) > 0 else -y
+
+    with pytest.raises(ValueError, match="Branching cannot be read with these example") as caught:
+        random_ticket(Branching(4, 4), example_inputs=torch.randn(2, 4), density=0.5)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_model_without_units_is_refused_by_random_ticket():
     with pytest.raises(ValueError, match="nothing in Linear can be removed"):
         random_ticket(nn.Linear(3, 4), example_inputs=torch.ones(1, 3), density=0.5)

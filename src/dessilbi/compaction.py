@@ -33,7 +33,7 @@ from dessilbi.folding import constants_of
 from dessilbi.following import Scheduler, adopt, check_follows, follow
 from dessilbi.graph import Graph, read_graph
 from dessilbi.graph.program import ExampleInputs, evaluating
-from dessilbi.inputs import Arguments
+from dessilbi.inputs import Arguments, describe
 from dessilbi.naming import unwrap
 from dessilbi.proving import Proof, check_finite, measure_latency
 from dessilbi.rewriting import place_tensors, sharing_copy, wide_literals, widen
@@ -128,6 +128,7 @@ def compact(
     model = unwrap(model)
     ticket.density_of_model(model)  # checks names and shapes
     check_finite(model)
+    describe(example_inputs)  # checks their values
     graph = read_graph(model, example_inputs)
     if close_on(graph, ticket) != ticket:
         raise ValueError(

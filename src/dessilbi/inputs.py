@@ -56,7 +56,8 @@ class TensorInput:
             )
         if not (isfinite(self.mean) and isfinite(self.spread)):
             raise ValueError(
-                f"example input {self.name or ''} has values that are not finite: give finite ones"
+                f"the example input{f' {self.name}' if self.name else ''} has values that are not "
+                f"finite: give finite ones"
             )
         dtype = DTYPES[self.dtype]
         if not dtype.is_floating_point and dtype != torch.bool:

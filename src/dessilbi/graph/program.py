@@ -5,9 +5,10 @@ The program is functional where it depends on the input (in-place operations are
 names parameters and buffers as the model does.
 """
 
+import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,13 +158,18 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from logging a traceback for what we say in one sentence."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was, logger.disabled = logger.disabled, True
+    """Keep torch from logging a traceback, or a graph, for what we say in one sentence."""
+    names = ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes", "export._trace")
+    loggers = [logging.getLogger(f"torch.{name}") for name in names]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        logger.disabled = was
+        for logger, was in zip(loggers, before, strict=True):
+            logger.disabled = was
 
 
 def _argument_names(model: nn.Module) -> list[str]:
