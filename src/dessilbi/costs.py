@@ -166,8 +166,10 @@ def _sizes_after(graph: Graph, gone: Flags, cuts: Cuts, node: object) -> list[in
     value = graph.reading.values[node]
     shape = value.shape if isinstance(value, Tensor | Weight) else value.value.shape
     if isinstance(value, Weight | Known) and value.name is not None:
-        stays = {cut.dim: len(cut.index) for cut in cuts.get(value.name, ()) if cut.groups == 1}
-        return [stays.get(dim, size) for dim, size in enumerate(shape)]
+        left = list(shape)
+        for cut in cuts.get(value.name, ()):
+            left[cut.dim] = len(cut.index) if cut.groups == 1 else left[cut.dim]
+        return left
     blocks = blocks_of(graph.reading, node, graph.block_of_label)
     if blocks is None:
         return list(shape)
