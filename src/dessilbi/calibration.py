@@ -174,6 +174,16 @@ class DensityControl:
         elif self.mode == "late":
             self._choose_late(due)
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Look once more, as at the end of the run: for runs that end before their schedule does.
+
+        That is so where a GradScaler has skipped steps, or a run was stopped early.
+        """
+        if self.mode == "track" and self.time < self.total_time * (1 - _NEARLY):
+            self.total_time, self._looked = self.time, LOOKS[self.mode]
+            self._track()
+
     def _track(self) -> None:
         share = self.time / self.total_time + _NEARLY
         total = self.time if self.step == self.total_steps else self.total_time

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dessilbi.clock import alpha_now, clock_group
 from dessilbi.optimizer import is_phantom_step
+from dessilbi.storage import from_number
 
 Factor = Callable[[float], float]
 RAMP = ((0.0, 0.0), (0.3, 1.0))  # of the coupling: linear over the first 30 % of the path time
@@ -139,6 +140,9 @@ class Schedules:
             return
         # alpha is read while kappa is still that of the last step: wrap's clock depends on it.
         self.time += alpha_now(optimizer)
+        self._apply()
+
+    def _apply(self) -> None:
         progress = min(1.0, self.time / self.total_time)
         for group, base in zip(self._groups(), self._bases, strict=True):
             for name, function in self._functions.items():
@@ -159,15 +163,19 @@ class Schedules:
         return {"time": self.time, "bases": [dict(base) for base in self._bases]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was taken.
+        """Go on from where :meth:`state_dict` was taken; numbers may have been through JSON.
 
         Raises:
             ValueError: The state is of other groups or schedules.
         """
-        bases = [dict(base) for base in state["bases"]]
+        bases = [
+            {name: from_number(value) for name, value in base.items()} for base in state["bases"]
+        ]
         if [set(base) for base in bases] != [set(base) for base in self._bases]:
             raise ValueError(
                 "this state of Schedules is of other param groups or options: build the optimizer "
                 "and its schedules as they were when the state was saved"
             )
         self.time, self._bases = float(state["time"]), bases
+        if self.time > 0:
+            self._apply()

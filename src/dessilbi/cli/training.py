@@ -36,12 +36,29 @@ class StrategyName(StrEnum):
     FSDP2 = "fsdp2"
 
 
+class Calibration(StrEnum):
+    """How lambda is found for a density, as words of the command line."""
+
+    TRACK = "track"
+    LATE = "late"
+
+
 @guarded
 def train(
     recipe: Annotated[
         str | None, typer.Argument(help="A recipe's name, or a TOML file.", show_default=False)
     ] = None,
     assignments: SetOption = None,
+    density: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="The density to end with; lambda is found."),
+    ] = None,
+    calibrate: Annotated[
+        Calibration | None, typer.Option(help="How lambda is found: followed, or chosen once.")
+    ] = None,
+    coupling: Annotated[
+        float | None, typer.Option(metavar="R", help="R = kappa T/nu; nu follows. 10 is a start.")
+    ] = None,
     data: DataOption = None,
     out: Annotated[FilePath | None, typer.Option(help="The run folder to make.")] = None,
     resume: Annotated[
@@ -58,6 +75,11 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe once and record its path, or go on with a run."""
+    told = {"density": density, "calibrate": calibrate, "optimizer.R": coupling}
+    assignments = [
+        *(assignments or ()),
+        *(f"{key}={value}" for key, value in told.items() if value is not None),
+    ]
     chosen = _chosen(recipe, assignments, out, resume)
     from dessilbi.training import loop
     from dessilbi.training.progress import default_reporter
@@ -83,7 +105,7 @@ def train(
 
 def _chosen(
     recipe: str | None,
-    assignments: list[str] | None,
+    assignments: list[str],
     out: FilePath | None,
     resume: FilePath | None,
 ) -> Any:
@@ -91,9 +113,9 @@ def _chosen(
     if (recipe is None) == (resume is None):
         raise fail("give either a recipe to train or --resume RUN", 2)
     if recipe is not None:
-        return load_recipe(recipe, assignments or ())
+        return load_recipe(recipe, assignments)
     if assignments or out is not None:
-        raise fail("--resume goes on with a run as it is: leave out --set and --out", 2)
+        raise fail("--resume goes on with a run as it is: leave out --out and all settings", 2)
     return None
 
 

@@ -22,6 +22,7 @@ from pydantic import (
 
 SUFFIX = ".toml"
 DEFAULT_NU = 100.0  # DessiLBI's own
+AUTO_R = 10.0
 
 
 class RecipeError(ValueError):
@@ -63,6 +64,17 @@ def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+def _line(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    places = [place for place, _ in points]
+    if places != sorted(places):
+        raise ValueError("must be (progress, factor) points in ascending order of progress")
+    return points
+
+
+Points = Annotated[tuple[tuple[NonNegative, NonNegative], ...], AfterValidator(_line)]
+Density = Annotated[float, Field(gt=0, lt=1)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -71,11 +83,12 @@ class OptimizerRecipe(_Part):
     """Options of DessiLBI, or of wrap around AdamW; see their docstrings.
 
     ``R`` = T/nu may be given instead of ``nu``: T is kappa times the sum of the learning rate over
-    the whole schedule, so that ``nu`` follows the number of epochs. With ``base = "adamw"`` AdamW
-    moves the weights, with ``lr`` and ``weight_decay``; momentum, dampening and nesterov do not
-    apply. ``lam_filter`` is the ``lam`` of whole filters, which have larger norms than single
-    weights, and of units; without it theirs is ``lam``. A rule of the structure goes before both.
-    ``fused``: as in DessiLBI and wrap; true builds the fused kernel if it is not there.
+    the whole schedule, so that ``nu`` follows the number of epochs; ``nu = "auto"`` is R = 10.
+    With ``base = "adamw"`` AdamW moves the weights, with ``lr`` and ``weight_decay``; momentum,
+    dampening and nesterov do not apply. ``lam_filter`` is the ``lam`` of whole filters, which have
+    larger norms than single weights, and of units; without it theirs is ``lam``. A rule of the
+    structure goes before both. ``fused``: as in DessiLBI and wrap; true builds the fused kernel if it
+    is not there.
     """
 
     base: Literal["sgd", "adamw"] = "sgd"
@@ -97,6 +110,8 @@ class OptimizerRecipe(_Part):
     def _nu_or_ratio(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        if values.get("nu") == "auto":
+            values = {k: v for k, v in values.items() if k != "nu"} | {"R": values.get("R", AUTO_R)}
         given = [name for name in ("nu", "R") if values.get(name) is not None]
         if len(given) == 2:
             raise ValueError("give nu or R = T/nu, not both")
@@ -120,6 +135,18 @@ class ScheduleRecipe(_Part):
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     hold: Annotated[float, Field(gt=0, lt=1)] = 0.75
+
+
+class MovingRecipe(_Part):
+    """Factors that move with the run: (progress, factor) points, joined by straight lines.
+
+    Progress is the share of the path time that is over. ``coupling`` is the factor of 1/nu:
+    ``[[0, 0], [0.3, 1]]`` ramps it up, ``[[0.1, 0], [0.1, 1]]`` switches it on after a warm-up.
+    """
+
+    coupling: Points = ()
+    lam: Points = ()
+    kappa: Points = ()
 
 
 class _MaskedTraining(_Part):
@@ -160,6 +187,12 @@ class Recipe(_Part):
         many pieces that pass one after the other. ``clip_norm``: the largest norm of the gradient.
         ``structure``: glob of parameter names -> structure or table of group options, see
         param_groups. ``coupled``: filters that meet in a sum live or die together.
+        ``moving``: schedules of 1/nu, lambda and kappa.
+    How much is to be left:
+        ``density``: the wanted share of kept elements, or one for each glob of names; lambda is
+        found, and ``lam`` says ratios only. ``calibrate``: "track" or "late", ``freeze``: share of
+        the path time after which "track" leaves lambda alone, ``floor``: share of the density that
+        every layer keeps. See DensityControl.
     What is kept:
         ``points``: of the path, about; ``judged``: how many of them are judged for accuracy, by
         default what a tenth of the training's cost allows. ``checkpoint_every``: epochs, also
@@ -191,11 +224,30 @@ class Recipe(_Part):
     compile: bool = False
     workers: Annotated[int, Field(ge=0)] = 2
     coupled: bool = False
+    density: Density | dict[str, Density] | None = None
+    calibrate: Literal["track", "late"] = "track"
+    freeze: Annotated[float, Field(ge=0.1, lt=1)] | None = None
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.05
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
+    moving: MovingRecipe = MovingRecipe()
     finetune: FinetuneRecipe = FinetuneRecipe()
     retrain: RetrainRecipe | None = None
     structure: Annotated[dict[str, Any], BeforeValidator(_rules)] = Field(default_factory=dict)
+
+    @field_validator("freeze")
+    @classmethod
+    def _only_tracking(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("calibrate") == "late":
+            raise ValueError('it is for calibrate="track"; a late lambda is chosen once')
+        return value
+
+    @field_validator("moving")
+    @classmethod
+    def _one_writer(cls, value: MovingRecipe, info: ValidationInfo) -> MovingRecipe:
+        if value.lam and info.data.get("density") is not None:
+            raise ValueError("lam cannot follow a schedule and a density: leave one of them out")
+        return value
 
     @field_validator("accumulate")
     @classmethod

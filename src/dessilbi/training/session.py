@@ -55,6 +55,8 @@ class Session:
         self.judge = Judge(setting, engine)
         self.checkpoints = Checkpoints(run.checkpoints, engine, keep=recipe.keep_checkpoints)
         self.clock, self.totals, self.position = Clock(), Totals(engine.device), Position()
+        if checkpoint is not None:
+            setting.steering.load_state_dict(checkpoint.facts["steering"])
         self.path = Path(
             setting.optimizer,
             every=self.judge.every,
@@ -121,6 +123,8 @@ class Session:
         path, due = self.path, self._epoch_is_over
         if path.step % self.judge.every == 0 and path.step != self._seen:
             self._at_point()
+            setting = self.setting
+            setting.steering.look(self.position.step, setting.model, setting.data, self.engine)
             due = True
         if self._epoch_is_over:
             self._close_epoch()
@@ -207,6 +211,7 @@ class Session:
                 "position": asdict(self.position),
                 "seen": self._seen,
                 "engine": setting.facts,
+                "steering": setting.steering.state_dict(),
                 "scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
             }
             if engine.first:
@@ -217,6 +222,7 @@ class Session:
     def finish(self) -> dict[str, float]:
         """Judge the end of the path, write the final files, and return the outcome."""
         path, run = self.path, self.run
+        self.setting.steering.finish()
 
         def open_ends() -> tuple[bool, bool]:
             at_end = bool(path.points) and path.points[-1].step == path.step

@@ -14,6 +14,7 @@ from dessilbi.training.engine import Engine
 from dessilbi.training.ingredients import data_of, groups_of, model_of
 from dessilbi.training.recipes import OptimizerRecipe, Recipe, RecipeError
 from dessilbi.training.schedules import multiplier, optimizer_of, path_time
+from dessilbi.training.steering import Steering
 from dessilbi.wrapping import Wrapped, wrap
 
 
@@ -29,6 +30,7 @@ class Setting:
         optimizer: The optimizer itself.
         stepper: What to step: the optimizer as the engine adopted it.
         engine: Where it runs.
+        steering: What moves lambda, nu and kappa.
     """
 
     recipe: Recipe
@@ -38,6 +40,7 @@ class Setting:
     optimizer: DessiLBI | Wrapped
     stepper: Optimizer
     engine: Engine
+    steering: Steering
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,9 +95,11 @@ def prepare(
         module = engine.place(model, compiled=recipe.compile)
         total_steps = recipe.epochs * data.train.steps_per_epoch(recipe.batch_size)
         optimizer = build_optimizer(_placed(groups, model), optimizer_of(recipe, total_steps))
+        steering = Steering(recipe, optimizer, total_steps)
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
-    return Setting(recipe, data, model, module, optimizer, engine.adopt(optimizer), engine)
+    adopted = engine.adopt(optimizer)
+    return Setting(recipe, data, model, module, optimizer, adopted, engine, steering)
 
 
 def _check_batches(recipe: Recipe, data: Data, engine: Engine) -> None:

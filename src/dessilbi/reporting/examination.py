@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examination: what can be known of a recipe before it trains."""
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from dessilbi.forecast import forecast
+from dessilbi.monitors import dead_units, warn_about_dead_units
+from dessilbi.safety import check_step, lipschitz
+from dessilbi.training.engine import engine_for
+from dessilbi.training.objective import loss_of
+from dessilbi.training.recipes import Recipe
+from dessilbi.training.setting import Setting, prepare
+
+SAMPLES, BATCHES, ITERATIONS = 128, 2, 15
+
+
+def examine(recipe: Recipe, data_root: str | None) -> Iterator[tuple[str, str]]:
+    """Yield (what, finding) pairs about the initial weights of a recipe; trains nothing.
+
+    Args:
+        recipe: The recipe.
+        data_root: The data folder, or None.
+
+    Raises:
+        ValueError, FileNotFoundError: As :func:`~dessilbi.training.setting.prepare`.
+    """
+    with engine_for("float32", device="cpu") as engine:
+        setting = prepare(recipe, engine, data_root=data_root)
+        yield from _clock(setting)
+        yield from _step(setting)
+        yield from _entries(setting)
+
+
+def _clock(setting: Setting) -> Iterator[tuple[str, str]]:
+    clock, told = setting.steering.clock, setting.steering.describe()
+    yield "recipe", f"{setting.recipe.name}: {clock.num_steps:,} steps"
+    nus = {float(group["nu"]) for group in setting.optimizer.param_groups if group["structure"]}
+    kappa = setting.recipe.optimizer.kappa
+    ratio = min((kappa * clock.total / nu for nu in nus), default=math.inf)
+    yield "coupling", told or f"R = kappa T/nu = {ratio:.3g} (T = {clock.total:.4g})"
+    if clock.standing_still > 0.05:
+        yield (
+            "clock",
+            f"95 % of the path time is over after {1 - clock.standing_still:.0%} of the steps",
+        )
+
+
+def _step(setting: Setting) -> Iterator[tuple[str, str]]:
+    model = setting.model
+    inputs, targets = setting.data.train.examples(SAMPLES * BATCHES)
+    size = max(1, len(targets) // BATCHES)
+    batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss_of(model(batch[0]), batch[1])
+
+    bound = check_step(setting.optimizer, lipschitz(model, loss, batches, iterations=ITERATIONS))
+    yield "step", f"{bound}, at the initial weights and without momentum"
+    shares = dead_units(model, loss, batches)
+    warn_about_dead_units(shares)
+    worst = max(shares, key=lambda name: shares[name])
+    yield "dead units", f"at most {shares[worst]:.0%} of a layer ({worst})"
+
+
+def _entries(setting: Setting) -> Iterator[tuple[str, str]]:
+    recipe, clock = setting.recipe, setting.steering.clock
+    if recipe.density is not None:
+        yield "density", f"lambda will follow the density {recipe.density} ({recipe.calibrate})"
+        return
+    seen = forecast(setting.optimizer, clock)
+    if seen.first > clock.total:
+        yield "first entry", "none is expected before the end: lower lam or nu, or say a density"
+    else:
+        step = clock.step_at(seen.first)
+        yield "first entry", f"expected at path time {seen.first:.4g}, step {step:,}"
+    yield (
+        "can enter",
+        f"{seen.blocks:.1%} of the blocks ({seen.elements:.1%} of the weights), judged by the "
+        f"initial weights; {seen.at_constant_rate:.1%} at a constant learning rate",
+    )

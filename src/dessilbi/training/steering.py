@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering: what moves lambda, nu and kappa while a recipe trains, and looks out for trouble."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dessilbi.calibration import DensityControl
+from dessilbi.clock import PathClock, warn_about_coupling
+from dessilbi.forecast import warn_if_frozen
+from dessilbi.monitors import dead_units, warn_about_dead_units
+from dessilbi.scheduling import Schedules, piecewise
+from dessilbi.training.data import Data
+from dessilbi.training.engine import Engine
+from dessilbi.training.objective import loss_of
+from dessilbi.training.recipes import Recipe
+from dessilbi.training.schedules import multiplier, optimizer_of
+
+WARM = 0.1  # the run is looked at when this share of its steps and of its path time is over
+SAMPLES = 256
+
+
+class Steering:
+    """The observers that a recipe asks for; to be made before the path.
+
+    Args:
+        recipe: What asks for them.
+        optimizer: What they observe.
+        total_steps: Of the whole run.
+
+    Raises:
+        ValueError: The density does not fit the tensors, or nothing can enter.
+    """
+
+    def __init__(self, recipe: Recipe, optimizer: Optimizer, total_steps: int):
+        self.recipe, self.optimizer = recipe, optimizer
+        self.clock = clock_of(recipe, total_steps)
+        self.schedules: Schedules | None = None
+        self.control: DensityControl | None = None
+        moving = {name: points for name, points in recipe.moving.model_dump().items() if points}
+        if moving:
+            functions = {name: piecewise(points) for name, points in moving.items()}
+            self.schedules = Schedules(optimizer, total_time=self.clock.total, **functions)
+        if recipe.density is not None:
+            self.control = DensityControl(
+                optimizer,
+                density=recipe.density,
+                total_time=self.clock.total,
+                mode=recipe.calibrate,
+                freeze=recipe.freeze,
+                floor=recipe.floor,
+            )
+        elif recipe.optimizer.R is not None:  # the control has warned already
+            warn_about_coupling(optimizer, self.clock.total, largest_alpha=self.clock.largest)
+        self._looked = False
+
+    def describe(self) -> str | None:
+        """Return what a person should know of the clock, if the recipe speaks of it."""
+        recipe = self.recipe
+        if recipe.density is None and recipe.optimizer.R is None:
+            return None
+        options = optimizer_of(recipe, self.clock.num_steps)
+        assert options.nu is not None
+        total, coupling = self.clock.total, options.kappa * self.clock.total / options.nu
+        return f"R = kappa T/nu = {coupling:.3g} (T = {total:.4g}, nu = {options.nu:.4g})"
+
+    def look(self, step: int, model: nn.Module, data: Data, engine: Engine) -> None:
+        """After a step that gave a point: once, early, look for what will waste the run.
+
+        Every process must call it at the same steps.
+        """
+        early = step < WARM * self.clock.num_steps
+        if self._looked or early or self.clock.time_at(step) < WARM * self.clock.total:
+            return
+        self._looked = True
+        if self.control is None:
+            warn_if_frozen(self.optimizer, self.clock, step=step)
+        if engine.world_size == 1:
+            batch = data.train.examples(SAMPLES, device=engine.device)
+            # Dropout draws numbers; the run is to see the same ones as without this look.
+            with torch.random.fork_rng():
+                shares = dead_units(model, lambda b: loss_of(model(b[0]), b[1]), [batch])
+            warn_about_dead_units(shares)
+
+    def finish(self) -> None:
+        """The last step is taken."""
+        if self.control is not None:
+            self.control.finish()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was taken."""
+        self._looked = bool(state["looked"])
+        for observer, told in ((self.schedules, "schedules"), (self.control, "control")):
+            if observer is not None:
+                observer.load_state_dict(state[told])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what later steps depend on, as plain JSON values."""
+        return {
+            "looked": self._looked,
+            "schedules": self.schedules.state_dict() if self.schedules else None,
+            "control": self.control.state_dict() if self.control else None,
+        }
+
+
+def clock_of(recipe: Recipe, total_steps: int) -> PathClock:
+    """Return the path time of a recipe's schedule, step by step."""
+    lr, epochs = recipe.optimizer.path_lr, recipe.epochs
+    return PathClock(
+        [lr * multiplier(recipe.schedule, step, total_steps, epochs) for step in range(total_steps)]
+    )
