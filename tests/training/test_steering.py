@@ -153,7 +153,6 @@ def test_a_density_per_pattern_and_every_schedule_survive_as_toml(tmp_path):
     assert validate_recipe(recipe.model_dump(), origin="itself") == recipe
 
 
-
 def test_nu_auto_is_r_of_ten(tmp_path):
     recipe = tiny_recipe(tmp_path, "optimizer.nu=auto")
     assert (recipe.optimizer.nu, recipe.optimizer.R) == (None, 10)
@@ -163,7 +162,7 @@ def test_a_schedule_that_freezes_the_path_and_dead_units_are_warned_about_once(t
     slow = ("schedule.kind=step", "schedule.milestones=[1]", "schedule.gamma=0.001")
     options = [a for a in STEERED if not a.startswith(("density", "moving"))]
     dead = patch("dessilbi.training.steering.dead_units", return_value={"1.weight": 0.9})
-    with dead, pytest.warns(UserWarning) as seen:
+    with dead, pytest.warns(UserWarning, match="decays before most blocks") as seen:
         train_tiny(tmp_path / "run", *options, "optimizer.lam=0.05", *slow)
     told = [str(w.message) for w in seen]
     assert len([t for t in told if "decays before most blocks can enter" in t]) == 1
