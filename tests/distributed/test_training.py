@@ -19,12 +19,13 @@ from torch.testing import assert_close
 
 from dessilbi import Path
 from dessilbi.runs import BusyError, Run, TrainingError, locked
-from dessilbi.storage import read_json, read_lines
+from dessilbi.storage import read_json, read_lines, to_json
 from dessilbi.training import engine, loop
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.engine import engine_for
 from dessilbi.training.models import IMAGE_MODELS, MODELS
 from dessilbi.training.recipes import RecipeError
+from dessilbi.training.session import Session
 
 # 5 steps an epoch; no batch statistics, which differ among ranks by nature.
 SHORT = (
@@ -111,6 +112,11 @@ def alone(tmp_path_factory):
     return Run(folder / "run")
 
 
+def lines_of(run):
+    """The metrics but for the health check, which sharded runs cannot make."""
+    return [{k: v for k, v in x.items() if k != "dead_units"} for x in read_lines(run.metrics)]
+
+
 def assert_same_run(left, right):
     ours, theirs = (safetensors.torch.load_file(run.model) for run in (left, right))
     assert_close(ours, theirs, rtol=0, atol=1e-9)
@@ -121,7 +127,7 @@ def assert_same_run(left, right):
     for one, other in zip(paths[0].points, paths[1].points, strict=True):
         assert paths[0].support(step=one.step) == paths[1].support(step=other.step)
         assert_close(one.metrics, other.metrics)
-    lines = [list(read_lines(run.metrics)) for run in (left, right)]
+    lines = [lines_of(run) for run in (left, right)]
     assert_close(lines[0], lines[1], rtol=0, atol=1e-9)
     assert 0 < paths[0].points[-1].density < 1
 
@@ -137,6 +143,32 @@ def test_two_ranks_equal_one_process(tmp_path, alone, strategy, piece, monkeypat
     run = Run(tmp_path / "run")
     assert read_json(run.environment)["engine"]["world_size"] == 2
     assert_same_run(run, alone)
+
+
+STEERED = ("density=0.4", "optimizer.R=6", "optimizer.nu=auto", "moving.coupling=[[0, 0], [0.3, 1]]")
+
+
+def steered(folder, strategy=None, calibrate="track"):
+    finish = Session.finish
+
+    def finish_alike(session):
+        told = session.engine.gather(to_json(session.setting.steering.state_dict()))
+        assert len(set(told)) == 1
+        assert len(told) == (2 if strategy else 1)
+        return finish(session)
+
+    with patch.object(Session, "finish", finish_alike):
+        train(folder, strategy, None, *STEERED, f"calibrate={calibrate}")
+
+
+@pytest.mark.parametrize(("strategy", "calibrate"), [("ddp", "track"), ("fsdp2", "late")])
+def test_ranks_find_the_lambda_that_one_process_finds(tmp_path, strategy, calibrate):
+    (tmp_path / "alone").mkdir()
+    steered(tmp_path / "alone", None, calibrate)
+    spawn(steered, 2, tmp_path, strategy, calibrate)
+    runs = [Run(folder / "run") for folder in (tmp_path, tmp_path / "alone")]
+    assert_same_run(*runs)
+    assert 0 < lines_of(runs[0])[-1]["lam"] < 10
 
 
 @pytest.mark.parametrize(

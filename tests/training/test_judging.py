@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from tiny import FEW, QUICK, Recorder, shared_run, tiny_recipe, train_tiny
 
-from dessilbi import Path, dual
+from dessilbi import Path
 from dessilbi.reporting.summary import summarise
 from dessilbi.reporting.tables import path_table
 from dessilbi.runs import Run
@@ -20,7 +20,7 @@ from dessilbi.training.data import DATA_SETS
 from dessilbi.training.engine import engine_for
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.finetune import load_trained
-from dessilbi.training.judging import PASSES, SHARE, Judge, coupling
+from dessilbi.training.judging import PASSES, SHARE, Judge
 from dessilbi.training.position import Clock, Totals
 from dessilbi.training.setting import prepare
 from dessilbi.training.watching import Watching
@@ -114,13 +114,6 @@ def test_the_last_point_says_what_the_saved_weights_are_worth():
     }
     assert {name: last.metrics[name] for name in expected} == expected
     assert list(read_lines(run.metrics))[-1]["val_accuracy"] == expected["val_accuracy"]
-
-
-def test_the_coupling_is_half_the_squared_distance_over_nu(judge_of):
-    judge = judge_of()
-    members = dual.named_members(judge.setting.optimizer)
-    expected = sum(m.param.square().sum().item() / (2 * m.group["nu"]) for m in members)
-    assert coupling(judge.setting, judge.engine) == pytest.approx(expected)  # Gamma is 0 yet
 
 
 def test_totals_add_up_over_pieces_and_come_back_from_numbers():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes that say a density, R or a schedule, and what the loop makes of them."""
 
+import math
+import warnings
 from unittest.mock import patch
 
 import pytest
@@ -8,7 +10,8 @@ from tiny import FEW, Recorder, denormals_kept, tiny_recipe, train_tiny
 from torch import nn
 
 from dessilbi import Path
-from dessilbi.storage import read_json
+from dessilbi.monitors import EDGES
+from dessilbi.storage import read_json, read_lines
 from dessilbi.training import loop
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.engine import engine_for
@@ -75,12 +78,26 @@ def test_a_recipe_that_says_a_density_ends_with_it_to_one_block(steered):
     assert read_json(run.status)["density"] == points[-1].density
 
 
-def test_r_is_told_when_it_is_asked_for(steered, tmp_path):
+def test_r_is_told(steered):
     _, reporter = steered
-    assert [text for text in reporter.said if text.startswith("R = kappa T/nu = 6 (T = 4,")]
-    silent = Recorder()
-    train_tiny(tmp_path / "run", "data=few", "epochs=1", "validation=100", reporter=silent)
-    assert not [text for text in silent.said if text.startswith("R =")]
+    assert [text for text in reporter.said if text.startswith("R = kappa T/nu = 6 (T = 4)")]
+
+
+def test_each_epoch_tells_lambda_the_gap_and_how_far_the_blocks_are(steered):
+    run, _ = steered
+    lines = list(read_lines(run.metrics))
+    assert 0 < lines[-1]["lam"] < math.inf
+    assert lines[0]["lam"] != lines[-1]["lam"]
+    assert all(0 < line["coupling"] < math.inf for line in lines)
+    selected = sum(lines[-1]["norms"][EDGES.index(1.0) :])
+    assert selected == round(Path.load(run.folder).points[-1].density * (784 * 12 + 120))
+
+
+def test_the_health_check_stands_in_the_metrics_once_and_names_the_layers(steered):
+    run, _ = steered
+    (found,) = [x["dead_units"] for x in read_lines(run.metrics) if "dead_units" in x]
+    assert set(found) == {"1.weight", "4.weight"}
+    assert all(0 <= share < 1 for share in found.values())
 
 
 @pytest.mark.parametrize("calibrate", ["track", "late"])
@@ -101,6 +118,16 @@ def test_a_steered_run_that_was_cut_goes_on_to_the_bit(calibrate, steered, tmp_p
     if calibrate == "track":  # how often it is saved changes nothing either
         assert whole.model.read_bytes() == steered[0].model.read_bytes()
     assert 0 < Path.load(folder).points[-1].density < 1
+
+
+def test_the_lambda_of_late_gives_the_same_run_from_the_start(tmp_path):
+    late = train_tiny(tmp_path / "late", *STEERED, "calibrate=late", "floor=0")
+    lam = list(read_lines(late.metrics))[-1]["lam"]
+    fixed = [option for option in STEERED if not option.startswith("density")]
+    start = train_tiny(tmp_path / "start", *fixed, f"optimizer.lam={lam!r}")
+    assert Path.load(late.folder).points[-1].density > 0
+    for name in ("model", "path"):
+        assert getattr(late, name).read_bytes() == getattr(start, name).read_bytes(), name
 
 
 def test_moving_options_reach_the_optimizer(tmp_path):
@@ -159,11 +186,17 @@ def test_nu_auto_is_r_of_ten(tmp_path):
 
 
 def test_a_schedule_that_freezes_the_path_and_dead_units_are_warned_about_once(tmp_path):
-    slow = ("schedule.kind=step", "schedule.milestones=[1]", "schedule.gamma=0.001")
+    slow = ("schedule.kind=step", "schedule.milestones=[2]", "schedule.gamma=0.001")
     options = [a for a in STEERED if not a.startswith(("density", "moving"))]
     dead = patch("dessilbi.training.steering.dead_units", return_value={"1.weight": 0.9})
-    with dead, pytest.warns(UserWarning, match="decays before most blocks") as seen:
-        train_tiny(tmp_path / "run", *options, "optimizer.lam=0.05", *slow)
+    with dead, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run = train_tiny(
+            tmp_path / "run", *options, "optimizer.R=4", "optimizer.lam=0.05", *slow
+        )
     told = [str(w.message) for w in seen]
     assert len([t for t in told if "decays before most blocks can enter" in t]) == 1
     assert len([t for t in told if "many units are dead: 1.weight (90%)" in t]) == 1
+    (found,) = [line for line in read_lines(run.metrics) if "dead_units" in line]
+    assert found["dead_units"] == {"1.weight": 0.9}
+    assert 0 <= found["can_enter"] < 0.5

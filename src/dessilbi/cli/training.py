@@ -56,6 +56,10 @@ def train(
     calibrate: Annotated[
         Calibration | None, typer.Option(help="How lambda is found: followed, or chosen once.")
     ] = None,
+    freeze_at: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="From this share of the path on lambda is constant."),
+    ] = None,
     coupling: Annotated[
         float | None, typer.Option(metavar="R", help="R = kappa T/nu; nu follows. 10 is a start.")
     ] = None,
@@ -75,7 +79,8 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe once and record its path, or go on with a run."""
-    told = {"density": density, "calibrate": calibrate, "optimizer.R": coupling}
+    told = {"density": density, "calibrate": calibrate, "freeze": freeze_at}
+    told |= {"optimizer.R": coupling}
     assignments = [
         *(assignments or ()),
         *(f"{key}={value}" for key, value in told.items() if value is not None),

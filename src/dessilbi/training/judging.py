@@ -9,8 +9,6 @@ cost, counted in samples (a training step as two passes, which is little: so it 
 import math
 from functools import partial
 
-import torch
-
 from dessilbi.training.engine import Engine
 from dessilbi.training.evaluation import SAMPLES, answered, changed, norms_of, set_weights
 from dessilbi.training.feeding import Split
@@ -79,18 +77,3 @@ def _affordable(setting: Setting) -> int:
     again = min(SAMPLES, len(data.train)) if norms_of(setting.model) else 0
     judging = 3 * len(data.test) + 2 * len(data.validation) + 2 * again
     return int(SHARE * training / judging)
-
-
-@torch.no_grad()
-def coupling(setting: Setting, engine: Engine) -> float:
-    """Return ||W - Gamma||^2 / 2nu, summed over the structured tensors."""
-    from dessilbi import dual
-    from dessilbi.sharding import local
-
-    gamma = setting.optimizer.gamma()
-    terms = [
-        (local(m.param) - local(gamma[m.name])).square().sum() / (2 * m.group["nu"])
-        for m in dual.named_members(setting.optimizer)
-    ]
-    total = torch.stack([term.to(engine.device) for term in terms]).sum()
-    return float(engine.total(total) if engine.sharded else total)

@@ -165,8 +165,7 @@ def _go(
                 title = f"{recipe.name}: {recipe.epochs} epochs, {setting.total_steps:,} steps"
                 done = session.position.step
                 watching.reporter.start(f"{title} -> {run.folder}", setting.total_steps, done)
-                if (told := setting.steering.describe()) is not None:
-                    watching.reporter.say(told)
+                watching.reporter.say(setting.steering.describe())
                 finished = fit(session, stop)
                 facts = session.finish() if finished else {"step": session.position.step}
             status = "finished" if finished else "interrupted"

@@ -16,13 +16,14 @@ import safetensors.torch
 from torch import Tensor
 
 from dessilbi.history import History
+from dessilbi.monitors import coupling_gap
 from dessilbi.path import Path
 from dessilbi.runs import Run, TrainingError
 from dessilbi.scores import save_scores
 from dessilbi.storage import cut_back, length_of, sweep, write_atomic
 from dessilbi.training.checkpoints import Checkpoint, Checkpoints
 from dessilbi.training.engine import Engine
-from dessilbi.training.judging import Judge, coupling
+from dessilbi.training.judging import Judge
 from dessilbi.training.position import Clock, Position, Totals
 from dessilbi.training.randomness import random_states, set_random_states
 from dessilbi.training.setting import Setting
@@ -55,7 +56,7 @@ class Session:
         self.judge = Judge(setting, engine)
         self.checkpoints = Checkpoints(run.checkpoints, engine, keep=recipe.keep_checkpoints)
         self.clock, self.totals, self.position = Clock(), Totals(engine.device), Position()
-        if checkpoint is not None:
+        if checkpoint is not None and "steering" in checkpoint.facts:  # else of an older version
             setting.steering.load_state_dict(checkpoint.facts["steering"])
         self.path = Path(
             setting.optimizer,
@@ -123,9 +124,9 @@ class Session:
         path, due = self.path, self._epoch_is_over
         if path.step % self.judge.every == 0 and path.step != self._seen:
             self._at_point()
-            setting = self.setting
-            setting.steering.look(self.position.step, setting.model, setting.data, self.engine)
             due = True
+        setting = self.setting
+        setting.steering.look(self.position.step, setting.model, setting.data, self.engine)
         if self._epoch_is_over:
             self._close_epoch()
         return due
@@ -173,7 +174,7 @@ class Session:
             layers = path.support(step=path.step).densities()
             curves |= {f"density/{name}": value for name, value in layers.items()}
             curves |= {"density": self._told["density"], "path_time": path.time}
-            curves |= {"coupling": coupling(self.setting, self.engine)}
+            curves |= {"coupling": coupling_gap(optimizer)}
             curves |= {"lr": float(optimizer.param_groups[0]["lr"])}
         self.watching.point(path.step, self._told, curves)
 
@@ -191,7 +192,7 @@ class Session:
             "train_accuracy": correct / answers,
             "val_accuracy": validation,
             "lr": float(self.setting.optimizer.param_groups[0]["lr"]),
-        }
+        } | self.setting.steering.metrics()
         times = {name: round(seconds, 4) for name, seconds in self.clock.lap().items()}
         self.watching.epoch(place | metrics, place | times)
         self.totals.clear()

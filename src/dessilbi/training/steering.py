@@ -9,15 +9,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dessilbi.calibration import DensityControl
-from dessilbi.clock import PathClock, warn_about_coupling
-from dessilbi.forecast import warn_if_frozen
-from dessilbi.monitors import dead_units, warn_about_dead_units
+from dessilbi.clock import WEAK_COUPLING, PathClock, coupling_of, warn_about_coupling
+from dessilbi.forecast import forecast, warn_if_frozen
+from dessilbi.monitors import (
+    coupling_gap,
+    dead_units,
+    joint_histogram,
+    warn_about_dead_units,
+)
 from dessilbi.scheduling import Schedules, piecewise
 from dessilbi.training.data import Data
 from dessilbi.training.engine import Engine
 from dessilbi.training.objective import loss_of
 from dessilbi.training.recipes import Recipe
-from dessilbi.training.schedules import multiplier, optimizer_of
+from dessilbi.training.schedules import multiplier
 
 WARM = 0.1  # the run is looked at when this share of its steps and of its path time is over
 SAMPLES = 256
@@ -55,20 +60,20 @@ class Steering:
             )
         elif recipe.optimizer.R is not None:  # the control has warned already
             warn_about_coupling(optimizer, self.clock.total, largest_alpha=self.clock.largest)
+        # Before a step has let the schedules move nu.
+        self.coupling = coupling_of(optimizer, self.clock.total)
         self._looked = False
+        self._found: dict[str, Any] = {}
 
-    def describe(self) -> str | None:
-        """Return what a person should know of the clock, if the recipe speaks of it."""
-        recipe = self.recipe
-        if recipe.density is None and recipe.optimizer.R is None:
-            return None
-        options = optimizer_of(recipe, self.clock.num_steps)
-        assert options.nu is not None
-        total, coupling = self.clock.total, options.kappa * self.clock.total / options.nu
-        return f"R = kappa T/nu = {coupling:.3g} (T = {total:.4g}, nu = {options.nu:.4g})"
+    def describe(self) -> str:
+        """Return what a person should know of the clock."""
+        told = f"R = kappa T/nu = {self.coupling:.3g} (T = {self.clock.total:.4g})"
+        if self.coupling < WEAK_COUPLING:
+            told += f"; under {WEAK_COUPLING:g} little is pulled to the support"
+        return told
 
     def look(self, step: int, model: nn.Module, data: Data, engine: Engine) -> None:
-        """After a step that gave a point: once, early, look for what will waste the run.
+        """After every step: once, early, look for what will waste the run.
 
         Every process must call it at the same steps.
         """
@@ -78,12 +83,23 @@ class Steering:
         self._looked = True
         if self.control is None:
             warn_if_frozen(self.optimizer, self.clock, step=step)
-        if engine.world_size == 1:
+            seen = forecast(self.optimizer, self.clock, step=step)
+            self._found["can_enter"] = seen.blocks
+        # The gradients of sharded weights cannot be had apart from a step.
+        if engine.first and not engine.sharded:
             batch = data.train.examples(SAMPLES, device=engine.device)
             # Dropout draws numbers; the run is to see the same ones as without this look.
             with torch.random.fork_rng():
                 shares = dead_units(model, lambda b: loss_of(model(b[0]), b[1]), [batch])
             warn_about_dead_units(shares)
+            self._found["dead_units"] = shares
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what is worth a place in the line of an epoch; every process must call it."""
+        found, self._found = self._found, {}
+        lam = {} if self.control is None else {"lam": self.control.lam}
+        gap, norms = coupling_gap(self.optimizer), joint_histogram(self.optimizer)
+        return {"coupling": gap, "norms": norms} | lam | found
 
     def finish(self) -> None:
         """The last step is taken."""
@@ -92,7 +108,7 @@ class Steering:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where :meth:`state_dict` was taken."""
-        self._looked = bool(state["looked"])
+        self._looked, self._found = bool(state["looked"]), dict(state["found"])
         for observer, told in ((self.schedules, "schedules"), (self.control, "control")):
             if observer is not None:
                 observer.load_state_dict(state[told])
@@ -101,6 +117,7 @@ class Steering:
         """Return what later steps depend on, as plain JSON values."""
         return {
             "looked": self._looked,
+            "found": self._found,
             "schedules": self.schedules.state_dict() if self.schedules else None,
             "control": self.control.state_dict() if self.control else None,
         }
