@@ -291,7 +291,7 @@ def test_late_is_the_same_run_as_its_lambda_from_the_start(alias, shape, block, 
 
 def test_late_never_chooses_below_what_any_block_has_reached():
     toy = Toy()
-    control = toy.control(0.9, mode="late", floor=None)  # wants a lambda far below the largest norm
+    control = toy.control(0.6, mode="late", floor=None)  # wants a lambda far below the largest norm
     reached = []
 
     def look():
@@ -305,15 +305,18 @@ def test_late_never_chooses_below_what_any_block_has_reached():
 
 
 def test_late_counts_the_running_maximum_not_the_last_norm():
-    param = nn.Parameter(torch.tensor([1.0, 0.2]))
+    param = nn.Parameter(torch.tensor([1.5, 0.2, 0.2]))
     optimizer = DessiLBI([("w", param)], lr=0.1, nu=1.0, structure="element")
-    control = DensityControl(optimizer, density=0.5, total_steps=100, mode="late", floor=None)
+    control = DensityControl(optimizer, density=0.34, total_steps=100, mode="late", floor=None)
     norms = []
     for k in range(100):
-        param.grad = torch.tensor([40.0 if k == 0 else 0.0, 0.0])  # W turns round, and V after it
+        param.grad = torch.zeros(3)
+        param.grad[0] = 25.0 if k == 3 else 0.0  # W turns round, and V after it
+        param.grad[1:] = 1.0 if k == 6 else 0.0  # little is wanted from then on
         optimizer.step()
         if control.lam == math.inf:
             norms.append(float(optimizer.state[param]["v"].abs().max()))
+    assert max(norms) > 1.5 * norms[-1]
     assert control.lam >= max(norms)
 
 

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dessilbi import dual
 from dessilbi.clock import PathClock, alpha_now, alphas, warn_about_coupling
+from dessilbi.levels import Blocks
 from dessilbi.optimizer import is_phantom_step
 from dessilbi.scheduling import claim_lam, release_lam
 from dessilbi.selection import LAYER_FLOOR
@@ -110,8 +111,7 @@ class DensityControl:
         warn_about_coupling(optimizer, total_time, largest_alpha=largest)
         claim_lam(optimizer, "DensityControl")
         for target, norms in self._norms():
-            level, _ = target.foresee(target.blocks(norms), 0.0, total_time)
-            target.note(0, 0.0, level)
+            target.note(0, 0.0, target.blocks(norms).level(target.budget))
         self._write()
         self._handle = optimizer.register_step_post_hook(self._after_step)
         # Before all other observers, so that a Path records the support under the new lambda
@@ -187,15 +187,18 @@ class DensityControl:
     def _track(self) -> None:
         share = self.time / self.total_time + _NEARLY
         total = self.time if self.step == self.total_steps else self.total_time
+        at_end = self.time >= total * (1 - _NEARLY)
         for target, norms in self._norms():
-            if not target.fixed:
-                blocks = target.blocks(norms)
-                level, wanted = target.foresee(blocks, self.time, total)
-                if share >= START:
-                    self._warn_if_still(target, blocks)
-                    target.lam = wanted
-                target.note(self.step, self.time, level)
-            target.keep_layers_alive(dict(enumerate(norms)), self.time, total)
+            blocks = target.blocks(norms)
+            expected = self._expected(target, blocks, total)
+            level, wanted = target.foresee(blocks, expected)
+            if not target.fixed and share >= START:
+                self._warn_if_still(target, blocks)
+                target.lam = wanted
+            # Once lambda is frozen, only the very end shows whether a layer misses its floor.
+            if not target.fixed or at_end:
+                target.keep_layers_alive(dict(enumerate(norms)), expected)
+            target.note(self.step, self.time, level)
             target.fixed = self.freeze is not None and share >= self.freeze
         self._write()
 
@@ -208,20 +211,26 @@ class DensityControl:
         units = [target.units[i] for target, indices in watched for i in indices]
         found = iter(dual.norms_of(self._optimizer, units))
         for target, indices in watched:
-            norms = {i: next(found) for i in indices}
-            target.watch(norms)
-            if not due:
-                continue
+            target.watch({i: next(found) for i in indices})
+        if not due:
+            return
+        for target, norms in self._norms():
+            blocks = target.blocks(norms)
+            expected = self._expected(target, blocks, self.total_time)
             if not target.fixed:
-                blocks = target.blocks([norms[i] for i in range(len(target.units))])
                 if self.time >= START * self.total_time:
                     self._warn_if_still(target, blocks)
-                target.choose_late(blocks, self.step, self.time, self.total_time)
-            target.keep_layers_alive(norms, self.time, self.total_time)
-        if due:
-            self._write()
+                target.choose_late(blocks, expected, self.step, self.time, self.total_time)
+            alive = {i: n for i, n in enumerate(norms) if not target.entered[i]}
+            target.keep_layers_alive(alive, expected)
+        self._write()
 
-    def _warn_if_still(self, target: Target, blocks: Any) -> None:
+    def _expected(self, target: Target, blocks: Blocks, total: float) -> list[Tensor]:
+        """What the norms will have become at the end."""
+        growths = dual.growth_of(self._optimizer, target.units, blocks.norms)
+        return target.expect(blocks, growths, self.time, total)
+
+    def _warn_if_still(self, target: Target, blocks: Blocks) -> None:
         begun = any(math.isfinite(record.lam) for record in target.history)
         if not begun and not any(blocks.largest(i) for i in range(len(target.units))):
             warnings.warn(

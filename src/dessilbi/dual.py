@@ -32,6 +32,7 @@ from dessilbi.structure import (
 from dessilbi.ticket import TensorSpec, Ticket
 
 STATE_KEY = "v"
+STRETCH = 0.01  # in units of nu/kappa
 OWN_LAM = (
     "own_lam"  # in a param group: {place of a tensor: its lambda}, where it is not the group's
 )
@@ -240,6 +241,42 @@ def joint_norms(
     )
     norms = iter(own)
     return [_joint([next(norms) for _ in unit], unit[0]) for unit in units]
+
+
+def growth_of(
+    optimizer: Optimizer, units: Sequence[Sequence[Member]], norms: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return what ||V_u|| grows by per path time, for each unit, while W stays as it is.
+
+    It is that of blocks outside Gamma, <V, W/nu>/||V||: with a Gamma the growth is less. float64.
+
+    Args:
+        optimizer: Theirs.
+        units: As :func:`units_of` returns them.
+        norms: ||V_u|| now, as :func:`norms_of` returns them.
+    """
+    scales = [min(float(m.group["nu"]) / float(m.group["kappa"]) for m in unit) for unit in units]
+    # A short stretch further along the path gives the slope; without a coupling there is none.
+    stretches = [STRETCH * scale if scale < math.inf else 1.0 for scale in scales]
+    further = joint_norms(
+        units,
+        [
+            [_pushed(optimizer, member, stretch) for member in unit]
+            for unit, stretch in zip(units, stretches, strict=True)
+        ],
+    )
+    return [
+        (after.double() - now.double()) / stretch
+        for after, now, stretch in zip(further, norms, stretches, strict=True)
+    ]
+
+
+def _pushed(optimizer: Optimizer, member: Member, time: float) -> Tensor:
+    """V after so much more path time outside Gamma."""
+    v = v_of(optimizer, member.param)
+    push = member.param.detach().to(dual_dtype(member.param))
+    push = push * (time / float(member.group["nu"]))
+    return push if v is None else v + push
 
 
 def _joint(norms: list[Tensor], first: Member) -> Tensor:

@@ -20,7 +20,6 @@ from dessilbi.clock import PathClock
 HORIZON = 100.0  # in units of nu/kappa; beyond it a prediction means nothing
 STILL_SHARE = 1 / 3  # a path that stands still for so much of the steps is worth a word
 HALVINGS = 40
-STRETCH = 0.01  # in units of nu/kappa
 
 
 @torch.no_grad()
@@ -66,6 +65,29 @@ def entry_times(
     return {name: times[name] for name in entered or [member.name for member in found]}
 
 
+def extrapolated(norms: Tensor, growth: Tensor, left: Tensor, pull: float) -> Tensor:
+    """Return what norms of V will have grown to after ``left`` more of path time.
+
+    With n the norm, g its growth, H the time left and x = pull H/2 this is
+    sqrt( (n + g H) (n + g H (1 - exp(-x))/x) ): the middle between weights that stay as they are
+    and weights that the coupling alone lets decay.
+
+    Args:
+        norms: ||V|| per block now.
+        growth: Per path time, see :func:`dessilbi.dual.growth_of`; of blocks that shrink it is 0.
+        left: Path time to go, one number or one per block.
+        pull: kappa/nu.
+
+    >>> one = torch.ones(())
+    >>> float(extrapolated(one, one / 2, 2 * one, 1.0).round(decimals=3))
+    1.807
+    """
+    x = left * pull / 2
+    lasting = torch.where(x > 0, -torch.expm1(-x) / x.clamp(min=1e-300), 1.0)
+    grown = growth.clamp(min=0.0) * left
+    return ((norms + grown) * (norms + grown * lasting)).sqrt()
+
+
 @dataclass(frozen=True, eq=False)
 class _Outlook:
     """A unit's norms of V, what they grow by per path time, and nu/kappa."""
@@ -76,11 +98,8 @@ class _Outlook:
     scale: float
 
     def norms_after(self, left: Tensor) -> Tensor:
-        """The norms after ``left`` more path time; as ``targets.extrapolated``, block by block."""
-        x = left / (2 * self.scale)
-        lasting = torch.where(x > 0, -torch.expm1(-x) / x.clamp(min=1e-300), 1.0)
-        grown = self.growth.clamp(min=0.0) * left
-        return ((self.norms + grown) * (self.norms + grown * lasting)).sqrt()
+        """The norms after ``left`` more path time."""
+        return extrapolated(self.norms, self.growth, left, 1 / self.scale)
 
     def time_to_enter(self) -> Tensor:
         """Path time until the norms pass their threshold, by bisection; inf: never."""
@@ -99,25 +118,11 @@ def _outlook(optimizer: Optimizer, found: Sequence[dual.Member]) -> list[_Outloo
     units = dual.units_of(found)
     scales = [min(float(m.group["nu"]) / float(m.group["kappa"]) for m in u) for u in units]
     now = dual.norms_of(optimizer, units)
-    # A short stretch further along the path, with the weights as they are, gives the growth.
-    further = dual.joint_norms(
-        units,
-        [
-            [_pushed(optimizer, member, STRETCH * scale) for member in unit]
-            for unit, scale in zip(units, scales, strict=True)
-        ],
-    )
+    growths = dual.growth_of(optimizer, units, now)
     return [
-        _Outlook(unit, n.cpu().double(), (f - n).cpu().double() / (STRETCH * scale), scale)
-        for unit, n, f, scale in zip(units, now, further, scales, strict=True)
+        _Outlook(unit, n.cpu().double(), growth.cpu(), scale)
+        for unit, n, growth, scale in zip(units, now, growths, scales, strict=True)
     ]
-
-
-def _pushed(optimizer: Optimizer, member: dual.Member, time: float) -> Tensor:
-    v = dual.v_of(optimizer, member.param)
-    push = member.param.detach().to(dual.dual_dtype(member.param))
-    push = push * (time / float(member.group["nu"]))
-    return push if v is None else v + push
 
 
 @dataclass(frozen=True)

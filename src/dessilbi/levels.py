@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Levels: the lambda above which a wanted share of all elements lies, exact to one block."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,5 +108,8 @@ class Blocks:
         flat = (self.norms[index].double() / self.threshold(index, 1.0)).reshape(-1)
         best = torch.topk(flat, min(count + 1, flat.numel())).values
         kept = float(best[min(count, flat.numel()) - 1])
-        left_out = float(best[-1]) if flat.numel() > count else kept / 2
-        return max(left_out if left_out < kept else kept / 2, _SMALLEST)
+        left_out = float(best[-1]) if flat.numel() > count else 0.0
+        # In the middle, so that neither falls on the wrong side if it grows a little differently.
+        middle = math.sqrt(kept * left_out) if 0 < left_out < kept else kept / 2
+        alive = int((self.norms[index] > self.threshold(index, middle)).sum())
+        return max(middle if alive == count or left_out == kept else left_out, _SMALLEST)

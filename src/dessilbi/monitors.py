@@ -64,9 +64,7 @@ def norm_histogram(optimizer: Optimizer, edges: Sequence[float] = EDGES) -> dict
     return {member.name: counts[member.name] for member in found}
 
 
-def joint_histogram(
-    optimizer: Optimizer, edges: Sequence[float] = EDGES
-) -> list[int]:
+def joint_histogram(optimizer: Optimizer, edges: Sequence[float] = EDGES) -> list[int]:
     """Return :func:`norm_histogram` summed over all tensors, each of a unit by itself."""
     found = norm_histogram(optimizer, edges).values()
     return [sum(counts) for counts in zip(*found, strict=True)]

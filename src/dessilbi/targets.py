@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Targets: a density that is wanted of some blocks, and the lambda that will give it.
 
-The lambda of a density is a norm of V: that which the wanted share of blocks exceeds. What it will
-have become at the end is foreseen from how it has grown (docs/density.md).
+The lambda of a density is a norm of V: that which the wanted share of blocks exceeds. What the
+norms will have become at the end is foreseen from how they grow now (docs/density.md).
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dessilbi import dual
+from dessilbi.forecast import extrapolated
 from dessilbi.levels import Blocks
 from dessilbi.storage import from_number
 
-SHORT = 0.08  # early on, growth is taken over this share of the path time
-LONG = 0.1  # ... and over two of these as soon as there are two, to see how fast it slows down
-POOL = (0.85, 1.0, 1.2, 1.5)  # times the wanted density: one quantile alone grows in jumps
+MIDDLE = 0.5  # of the path: from here on the slowing down is measured
+RECENT = 0.1  # ... over this share of the path time
+LASTING = 0.7  # ... and taken to go on at this share of its rate
+BAND = (0.5, 4.0)  # times the wanted density: the blocks whose growth tells how fast it slows down
 ALMOST_ALL = 0.95
 LATEST = 0.5  # a late lambda is chosen by this share of the path time
 
@@ -32,88 +34,33 @@ class Record(NamedTuple):
     lam: float
 
 
-def extrapolated(level: float, slope: float, left: float, pull: float) -> float:
-    """Return the norm that ``level`` will have grown to after ``left`` more of path time.
-
-    With q the level, s its slope, H the time left and x = pull H/2 this is
-    sqrt( (q + s H) (q + s H (1 - exp(-x))/x) ): the middle between weights that stay as they are
-    and weights that the coupling alone lets decay.
+def slowing(points: Sequence[tuple[float, float]]) -> float:
+    """Return the rate at which a growth decays: minus the slope of its logarithm, at least 0.
 
     Args:
-        level: A norm of V now.
-        slope: Its growth per path time.
-        left: Path time to go, H.
-        pull: kappa/nu.
+        points: (path time, growth); a least-squares line is drawn through them.
 
-    >>> extrapolated(1.0, 0.5, 0.0, 1.0)
-    1.0
-    >>> round(extrapolated(1.0, 0.5, 2.0, 1.0), 3)
-    1.807
+    >>> round(slowing([(0.0, 4.0), (1.0, 2.0), (2.0, 1.0)]), 3)
+    0.693
+    >>> slowing([(0.0, 1.0), (1.0, 2.0)])
+    0.0
     """
-    x = left * pull / 2
-    lasting = -math.expm1(-x) / x if x > 0 else 1.0
-    grown = max(slope, 0.0) * left
-    return math.sqrt((level + grown) * (level + grown * lasting))
+    known = [(time, math.log(growth)) for time, growth in points if growth > 0]
+    if len(known) < 2:
+        return 0.0
+    middle = sum(time for time, _ in known) / len(known)
+    spread = sum((time - middle) ** 2 for time, _ in known)
+    slope = sum((time - middle) * log for time, log in known) / spread
+    return max(0.0, -slope)
 
 
-def slowing(level: float, slopes: tuple[float, float], apart: float, left: float) -> float:
-    """Return what ``level`` will have grown to, if its growth goes on slowing down as it did.
+def reach(rate: float, left: float) -> float:
+    """Return for how much path time a growth of today counts if it decays at ``rate``.
 
-    Args:
-        level: A norm of V now.
-        slopes: Its growth per path time over the last stretch but one, and over the last.
-        apart: The length of each stretch.
-        left: Path time to go.
-
-    >>> slowing(1.0, (0.5, 0.5), 1.0, 2.0)
-    2.0
-    >>> slowing(1.0, (0.5, 0.1), 1.0, 2.0) < 1.1
-    True
+    >>> reach(0.0, 2.0), round(reach(1.0, 2.0), 3)
+    (2.0, 0.865)
     """
-    before, latest = slopes
-    if latest <= 0:
-        return level
-    rate = max(0.0, math.log(before / latest) / apart) if before > 0 else 0.0
-    # The slope of the last stretch is that of its middle.
-    now = latest * math.exp(-rate * apart / 2)
-    return level + now * (-math.expm1(-rate * left) / rate if rate > 0 else left)
-
-
-class Trend:
-    """A norm of V as it has grown so far."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[float, float]] = []  # (path time, norm)
-
-    def growth(self, level: float, *, time: float, total: float, pull: float) -> float:
-        """Take in the norm now and return the factor by which it will have grown at the end."""
-        # Two long stretches are looked back, and the point before them.
-        while len(self.points) > 1 and self.points[1][0] <= time - 2 * LONG * total * _JUST:
-            del self.points[0]
-        self.points.append((time, level))
-        left = max(0.0, total - time)
-        if level <= 0 or left == 0:
-            return 1.0
-        apart = LONG * total
-        if self.points[0][0] <= time - 2 * apart * _JUST:
-            middle, first = self._at(time - apart), self._at(time - 2 * apart)
-            slopes = (middle - first) / apart, (level - middle) / apart
-            return slowing(level, slopes, apart, left) / level
-        since, before = self._before(time - SHORT * total * _JUST)
-        slope = (level - before) / (time - since) if time > since else 0.0
-        return extrapolated(level, slope, left, pull) / level
-
-    def _before(self, time: float) -> tuple[float, float]:
-        """The last point up to ``time``, or the first."""
-        earlier = [point for point in self.points if point[0] <= time]
-        return earlier[-1] if earlier else self.points[0]
-
-    def _at(self, time: float) -> float:
-        """The norm at ``time``, between points by a straight line."""
-        for (t0, n0), (t1, n1) in pairwise(self.points):
-            if t0 <= time <= t1:
-                return n0 + (n1 - n0) * (time - t0) / (t1 - t0) if t1 > t0 else n1
-        return self.points[0][1]
+    return -math.expm1(-rate * left) / rate if rate * left > 1e-9 else left
 
 
 _JUST = 1 - 1e-6  # rounding in sums of alpha
@@ -160,8 +107,7 @@ class Target:
                 f"let layers die with floor=None"
             )
         self.history: list[Record] = []
-        self.trend = Trend()
-        self.floor_trends = [Trend() for _ in self.units]
+        self.trend: list[tuple[float, float]] = []  # (path time, growth in the band)
         self.lam = math.inf
         self.own: list[float | None] = [None] * len(self.units)
         self.fixed = False
@@ -188,45 +134,83 @@ class Target:
         ]
         return sum(n * share for n, share in parts) / sum(n for n, _ in parts)
 
-    def foresee(self, blocks: Blocks, time: float, total: float) -> tuple[float, float]:
+    def expect(
+        self, blocks: Blocks, growths: Sequence[Tensor], time: float, total: float
+    ) -> list[Tensor]:
+        """Return what ||V|| of each block will have become at the end.
+
+        Args:
+            blocks: All blocks, with their norms now.
+            growths: Of the norms, see :func:`dessilbi.dual.growth_of`.
+            time: The path time now.
+            total: Of the whole run.
+        """
+        left, pull = max(0.0, total - time), self.pull()
+        now = [norms.double() for norms in blocks.norms]
+        slopes = list(growths)
+        if math.isfinite(self.lam):  # Gamma holds W back
+            slopes = [
+                slope - pull * (norms - blocks.threshold(i, self.lam_of(i))).clamp(min=0)
+                for i, (slope, norms) in enumerate(zip(growths, now, strict=True))
+            ]
+        self._follow(blocks, slopes, time, total)
+        if left == 0:
+            return now
+        if time < MIDDLE * total * _JUST:
+            ahead = torch.tensor(left, dtype=torch.float64)
+            return [
+                extrapolated(n, s, ahead.to(n.device), pull)
+                for n, s in zip(now, slopes, strict=True)
+            ]
+        counts = reach(LASTING * slowing(self.trend), left)
+        return [(n + s * counts).clamp(min=0) for n, s in zip(now, slopes, strict=True)]
+
+    def _follow(self, blocks: Blocks, slopes: Sequence[Tensor], time: float, total: float) -> None:
+        """Take in how fast the blocks around the wanted share grow."""
+        low, high = (
+            blocks.level(
+                max(self._least, min(int(f * self.budget), int(ALMOST_ALL * self.elements)))
+            )
+            for f in reversed(BAND)
+        )
+        found = []
+        for i, (norms, slope) in enumerate(zip(blocks.norms, slopes, strict=True)):
+            near = (norms >= blocks.threshold(i, low)) & (norms <= blocks.threshold(i, high))
+            found.append((slope / blocks.threshold(i, 1.0))[near].cpu())
+        flat = torch.cat(found)
+        if flat.numel():
+            self.trend.append((time, float(flat.mean())))
+        while self.trend and self.trend[0][0] < time - RECENT * total / _JUST:
+            del self.trend[0]
+
+    def foresee(self, blocks: Blocks, expected: Sequence[Tensor]) -> tuple[float, float]:
         """Return (q now, the lambda that q will have become at the end)."""
-        level = blocks.level(self.budget)
-        pool = [
-            blocks.level(budget)
-            for factor in POOL
-            if self._least <= (budget := int(factor * self.budget)) < ALMOST_ALL * self.elements
-        ]
-        logs = [math.log(norm) for norm in pool or [level]]
-        pooled = math.exp(sum(logs) / len(logs))
-        growth = self.trend.growth(pooled, time=time, total=total, pull=self.pull())
-        return level, level * growth
+        return blocks.level(self.budget), self.blocks(expected).level(self.budget)
 
     def note(self, step: int, time: float, level: float) -> None:
         """Remember what was seen and what lambda is now."""
         self.history.append(Record(step, time, level, self.lam))
 
-    def keep_layers_alive(self, norms: Mapping[int, Tensor], time: float, total: float) -> None:
+    def keep_layers_alive(self, norms: Mapping[int, Tensor], expected: Sequence[Tensor]) -> None:
         """Give units that would end below their floor a lambda of their own.
 
         Args:
-            norms: Of the units that may be given one.
-            time: The path time now.
-            total: Of the whole run.
+            norms: Of the units that may be given one, now.
+            expected: Of all units, what is expected of them at the end.
         """
-        pull = self.pull()
+        if math.isinf(self.lam):
+            return  # nothing is selected yet
         for i, values in norms.items():
             if not self.floors[i]:
                 continue
-            blocks = Blocks([self.units[i]], [values], [self.weights[i]], [0])
-            level = blocks.own_level(0, self.floors[i])
-            trend = self.floor_trends[i]
-            wanted = level * trend.growth(level, time=time, total=total, pull=pull)
-            if math.isinf(self.lam):
-                continue  # nothing is selected yet
+            at_end = Blocks([self.units[i]], [expected[i]], [self.weights[i]], [0])
+            wanted = at_end.own_level(0, self.floors[i])
             if not self.fixed:
                 self.own[i] = wanted if wanted < self.lam else None
-            elif wanted < self.lam_of(i):
-                # Lambda stands; only a layer that would fall below its floor is still helped.
+                continue
+            # Lambda stands; only a layer that is below its floor is still helped.
+            now = Blocks([self.units[i]], [values], [self.weights[i]], [0])
+            if wanted < self.lam_of(i) and now.counts(self.lam_of(i))[0] < self.floors[i]:
                 self.own[i] = max(_above(self.largest[i]), wanted)
 
     # A lambda that is chosen late, never below what any block has reached
@@ -241,13 +225,15 @@ class Target:
             if self.fixed and blocks.counts(self.lam_of(i))[0]:
                 self.entered[i] = True
 
-    def choose_late(self, blocks: Blocks, step: int, time: float, total: float) -> None:
+    def choose_late(
+        self, blocks: Blocks, expected: Sequence[Tensor], step: int, time: float, total: float
+    ) -> None:
         """Choose lambda once, at the last moment at which what is wanted is still free to choose.
 
         Until a block has entered, lambda does not appear in the dynamics: any value that no norm
         has ever exceeded gives the very same run as that value from the start.
         """
-        level, wanted = self.foresee(blocks, time, total)
+        level, wanted = self.foresee(blocks, expected)
         reached = max(self.largest)
         # By the next look the largest norm will have grown about as much again.
         too_late_next_time = 2 * reached - self._reached >= wanted
@@ -263,8 +249,7 @@ class Target:
             "density": self.density,
             "weights": list(self.weights),
             "history": [list(record) for record in self.history],
-            "trend": [list(point) for point in self.trend.points],
-            "floor_trends": [[list(point) for point in t.points] for t in self.floor_trends],
+            "trend": [list(point) for point in self.trend],
             "lam": self.lam,
             "own": list(self.own),
             "fixed": self.fixed,
@@ -280,12 +265,7 @@ class Target:
             Record(int(step), float(time), float(level), from_number(lam))
             for step, time, level, lam in state["history"]
         ]
-        for trend, points in zip(
-            [self.trend, *self.floor_trends],
-            [state["trend"], *state["floor_trends"]],
-            strict=True,
-        ):
-            trend.points = [(float(time), float(level)) for time, level in points]
+        self.trend = [(float(time), float(growth)) for time, growth in state["trend"]]
         self.lam = from_number(state["lam"])
         self.own = [None if lam is None else float(lam) for lam in state["own"]]
         self.fixed = bool(state["fixed"])

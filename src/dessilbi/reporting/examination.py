@@ -78,6 +78,8 @@ def _entries(setting: Setting) -> Iterator[tuple[str, str]]:
         yield "first entry", f"expected at path time {seen.first:.4g}, step {step:,}"
     yield (
         "can enter",
-        f"{seen.blocks:.1%} of the blocks ({seen.elements:.1%} of the weights), judged by the "
-        f"initial weights; {seen.at_constant_rate:.1%} at a constant learning rate",
+        (
+            f"{seen.blocks:.1%} of the blocks ({seen.elements:.1%} of the weights), judged by the "
+            f"initial weights; {seen.at_constant_rate:.1%} at a constant learning rate"
+        ),
     )
