@@ -223,6 +223,8 @@ class DensityControl:
                 target.choose_late(blocks, expected, self.step, self.time, self.total_time)
             alive = {i: n for i, n in enumerate(norms) if not target.entered[i]}
             target.keep_layers_alive(alive, expected)
+            if self.time >= self.total_time * (1 - _NEARLY):
+                self._warn_below_floor(target, blocks)
         self._write()
 
     def _expected(self, target: Target, blocks: Blocks, total: float) -> list[Tensor]:
@@ -236,6 +238,21 @@ class DensityControl:
             warnings.warn(
                 f"V of {target.name} has not moved by step {self.step}, so nothing can enter "
                 f"Gamma: check that gradients and learning rate are not zero",
+                stacklevel=2,
+            )
+
+    def _warn_below_floor(self, target: Target, blocks: Blocks) -> None:
+        """A lambda that has to stay above what was reached cannot always save a layer."""
+        empty = [
+            unit[0].name
+            for i, (unit, floor) in enumerate(zip(target.units, target.floors, strict=True))
+            if blocks.counts(target.lam_of(i))[i] < floor
+        ]
+        if empty:
+            shown = ", ".join(empty[:6]) + (f" and {len(empty) - 6} more" if empty[6:] else "")
+            warnings.warn(
+                f"{shown} ended with fewer blocks than the floor: a lambda that is chosen late must "
+                f"stay above every norm that was reached; use mode='track'",
                 stacklevel=2,
             )
 
