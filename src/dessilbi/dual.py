@@ -248,7 +248,7 @@ def growth_of(
 ) -> list[Tensor]:
     """Return what ||V_u|| grows by per path time, for each unit, while W stays as it is.
 
-    It is that of blocks outside Gamma, <V, W/nu>/||V||: with a Gamma the growth is less. float64.
+    It is that of blocks outside Gamma, <V, W/nu>/||V||: with a Gamma the growth is less.
 
     Args:
         optimizer: Theirs.
@@ -266,7 +266,7 @@ def growth_of(
         ],
     )
     return [
-        (after.double() - now.double()) / stretch
+        (after - now) / stretch
         for after, now, stretch in zip(further, norms, stretches, strict=True)
     ]
 

@@ -120,7 +120,7 @@ def _outlook(optimizer: Optimizer, found: Sequence[dual.Member]) -> list[_Outloo
     now = dual.norms_of(optimizer, units)
     growths = dual.growth_of(optimizer, units, now)
     return [
-        _Outlook(unit, n.cpu().double(), growth.cpu(), scale)
+        _Outlook(unit, n.cpu().double(), growth.cpu().double(), scale)
         for unit, n, growth, scale in zip(units, now, growths, scales, strict=True)
     ]
 

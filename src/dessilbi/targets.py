@@ -23,6 +23,7 @@ LASTING = 0.7  # ... and taken to go on at this share of its rate
 BAND = (0.5, 4.0)  # times the wanted density: the blocks whose growth tells how fast it slows down
 ALMOST_ALL = 0.95
 LATEST = 0.5  # a late lambda is chosen by this share of the path time
+_JUST = 1 - 1e-6  # rounding in sums of alpha
 
 
 class Record(NamedTuple):
@@ -46,10 +47,10 @@ def slowing(points: Sequence[tuple[float, float]]) -> float:
     0.0
     """
     known = [(time, math.log(growth)) for time, growth in points if growth > 0]
-    if len(known) < 2:
-        return 0.0
-    middle = sum(time for time, _ in known) / len(known)
+    middle = sum(time for time, _ in known) / max(1, len(known))
     spread = sum((time - middle) ** 2 for time, _ in known)
+    if spread == 0:
+        return 0.0
     slope = sum((time - middle) * log for time, log in known) / spread
     return max(0.0, -slope)
 
@@ -61,9 +62,6 @@ def reach(rate: float, left: float) -> float:
     (2.0, 0.865)
     """
     return -math.expm1(-rate * left) / rate if rate * left > 1e-9 else left
-
-
-_JUST = 1 - 1e-6  # rounding in sums of alpha
 
 
 class Target:
@@ -145,16 +143,15 @@ class Target:
             time: The path time now.
             total: Of the whole run.
         """
-        left, pull = max(0.0, total - time), self.pull()
-        now = [norms.double() for norms in blocks.norms]
-        slopes = list(growths)
+        left, pull = total - time, self.pull()
+        now, slopes = list(blocks.norms), list(growths)
         if math.isfinite(self.lam):  # Gamma holds W back
             slopes = [
                 slope - pull * (norms - blocks.threshold(i, self.lam_of(i))).clamp(min=0)
                 for i, (slope, norms) in enumerate(zip(growths, now, strict=True))
             ]
         self._follow(blocks, slopes, time, total)
-        if left == 0:
+        if left <= total * (1 - _JUST):
             return now
         if time < MIDDLE * total * _JUST:
             ahead = torch.tensor(left, dtype=torch.float64)

@@ -55,8 +55,8 @@ def test_a_shipped_recipe_takes_three_steps(name):
 
 
 @pytest.mark.parametrize("name", ["cifar10-resnet20", "shakespeare-gpt"])
-# Three steps are too few for anything to enter, and the path says so.
-@pytest.mark.filterwarnings("ignore:no block can enter Gamma")
+# Three steps are too few for anything to enter, and for R = 10.
+@pytest.mark.filterwarnings("ignore:no block can enter Gamma", "ignore:kappa alpha/nu is")
 def test_images_and_text_go_through_the_loop(tmp_path, name):
     with denormals_kept():
         run = train(load_recipe(name, list(made_up(name))), tmp_path / "run")
@@ -72,6 +72,13 @@ def test_a_shipped_recipe_loads_under_its_name_and_says_what_it_is(name):
     assert recipe.name == name
     assert recipe.summary
     assert recipe.source.startswith(("this project", "the authors'", "as mnist-lenet"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_of_ours_holds_the_learning_rate_while_the_support_grows(name):
+    recipe = load_recipe(name)
+    ours = recipe.source.startswith("this project")
+    assert ours == (recipe.schedule.kind == "hold")
 
 
 def test_what_the_authors_ran_is_shipped():
