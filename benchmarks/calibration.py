@@ -244,15 +244,23 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def write_page(lines: list[dict[str, Any]]) -> None:
-    """Put the table between its marks in docs/density.md."""
-    text = PAGE.read_text(encoding="utf-8")
-    begin, end = "<!-- measured -->\n", "<!-- end -->"
-    head, _, rest = text.partition(begin)
-    _, _, tail = rest.partition(end)
+def told(lines: list[dict[str, Any]]) -> str:
+    """The table and what it comes to."""
     below = sum(bool(x["below_floor"]) for x in lines)
-    note = f"\n{len(lines)} runs; in {below} of them a layer ended below its floor.\n"
-    PAGE.write_text(head + begin + table(lines) + "\n" + note + end + tail, encoding="utf-8")
+    others = [x for x in lines if x["below_floor"] and x["mode"] != "late"]
+    note = (
+        f"{len(lines)} of {len(planned())} cells; a layer ended below its floor in {below} of them"
+    )
+    return f"{table(lines)}\n\n{note}, {len(others)} of these not late.\n"
+
+
+def write_page(mark: str, text: str) -> None:
+    """Put a text between its marks in docs/density.md."""
+    page = PAGE.read_text(encoding="utf-8")
+    begin, end = f"<!-- {mark} -->\n", f"<!-- {mark} end -->"
+    head, _, rest = page.partition(begin)
+    _, _, tail = rest.partition(end)
+    PAGE.write_text(head + begin + text + end + tail, encoding="utf-8")
 
 
 def main() -> None:
@@ -280,7 +288,7 @@ def main() -> None:
             print(json.dumps(told), flush=True)
     print(f"{len(lines)} of {len(planned())} runs are there")
     if lines:
-        write_page(lines)
+        write_page("measured", told(lines))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure schedules of the coupling on a net with BatchNorm: the evidence behind docs/adr/0005.
+"""Measure schedules of the coupling on a net with BatchNorm: part of docs/adr/0011.
 
 python benchmarks/coupling.py --minutes 5 --data DIR   # measures what is still missing
-python benchmarks/coupling.py                          # only prints the table again
+python benchmarks/coupling.py                          # only writes the table again
 
 One JSON line per run in docs/results/coupling.jsonl; a run that is there is not repeated.
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from calibration import ROOT, parts_of
+from calibration import ROOT, parts_of, write_page
 from torch.optim.lr_scheduler import LambdaLR
 
 from dessilbi import DensityControl, DessiLBI, Path, param_groups
@@ -131,7 +131,8 @@ def main() -> None:
             lines.append(measure(variant, seed, arguments.data))
             append_line(RESULTS, lines[-1])
             print(lines[-1], flush=True)
-    print(table(lines))
+    if lines:
+        write_page("coupling", table(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -320,9 +320,20 @@ def test_late_counts_the_running_maximum_not_the_last_norm():
     assert control.lam >= max(norms)
 
 
+def test_late_says_which_layer_it_could_not_keep_at_its_floor():
+    toy = starved_layer()
+    toy.control(0.25, mode="late", floor=0.4)
+    with pytest.warns(UserWarning, match="^small ended with fewer blocks than the floor"):
+        toy.step(STEPS)
+    kept = {n: int(mask.sum()) for n, mask in toy.optimizer.support().items()}
+    assert kept["small"] < 8
+    assert kept["rows"] >= 1
+
+
 # observers, checkpoints, other optimizers
 
 
+@pytest.mark.filterwarnings("ignore:small.* ended with fewer blocks than the floor")
 @pytest.mark.parametrize("mode", ["track", "late"])
 def test_a_resumed_control_goes_on_bit_by_bit(mode):
     def build():

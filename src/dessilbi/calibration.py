@@ -251,8 +251,8 @@ class DensityControl:
         if empty:
             shown = ", ".join(empty[:6]) + (f" and {len(empty) - 6} more" if empty[6:] else "")
             warnings.warn(
-                f"{shown} ended with fewer blocks than the floor: a lambda that is chosen late must "
-                f"stay above every norm that was reached; use mode='track'",
+                f"{shown} ended with fewer blocks than the floor: a lambda that is chosen late "
+                f"must stay above every norm that was reached; use mode='track'",
                 stacklevel=2,
             )
 
