@@ -128,8 +128,8 @@ def test_a_run_in_use_is_one_sentence(tmp_path):
     [
         ([], ["either a recipe to train or --resume RUN"]),
         (["digits-lenet", "--resume", "run"], ["either a recipe to train or --resume RUN"]),
-        (["--resume", "run", "--set", "epochs=3"], ["leave out --set and --out"]),
-        (["--resume", "run", "--out", "other"], ["leave out --set and --out"]),
+        (["--resume", "run", "--set", "epochs=3"], ["leave out --out and all settings"]),
+        (["--resume", "run", "--out", "other"], ["leave out --out and all settings"]),
     ],
     ids=str,
 )

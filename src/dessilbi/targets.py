@@ -102,7 +102,7 @@ class Target:
             raise ValueError(
                 f"density={density!r} of {name} is less than its layers' floor, which makes "
                 f"{math.ceil(1e4 * self._least / self.elements) / 1e4}: ask for that or more, or "
-                f"let layers die with floor=None"
+                f'let layers die with floor=None (in a recipe: floor = "none")'
             )
         self.history: list[Record] = []
         self.trend: list[tuple[float, float]] = []  # (path time, growth in the band)

@@ -280,6 +280,8 @@ def test_every_value_is_written_out(mine):
         "clip_norm",
         "judged",
         "retrain",
+        "density",
+        "freeze",
     }  # which have no value here
     assert set(told) == set(Recipe.model_fields) - left_out
     assert set(told["optimizer"]) == set(OptimizerRecipe.model_fields) - {

@@ -11,6 +11,7 @@ from torch import nn
 
 from dessilbi import Path
 from dessilbi.monitors import EDGES
+from dessilbi.scheduling import RAMP
 from dessilbi.storage import read_json, read_lines
 from dessilbi.training import loop
 from dessilbi.training.data import DATA_SETS
@@ -119,7 +120,7 @@ def test_a_steered_run_that_was_cut_goes_on_to_the_bit(calibrate, steered, tmp_p
 
 
 def test_the_lambda_of_late_gives_the_same_run_from_the_start(tmp_path):
-    late = train_tiny(tmp_path / "late", *STEERED, "calibrate=late", "floor=0")
+    late = train_tiny(tmp_path / "late", *STEERED, "calibrate=late", "floor=none")
     lam = list(read_lines(late.metrics))[-1]["lam"]
     fixed = [option for option in STEERED if not option.startswith("density")]
     start = train_tiny(tmp_path / "start", *fixed, f"optimizer.lam={lam!r}")
@@ -148,8 +149,10 @@ def test_a_weak_coupling_is_warned_about_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["density=1.5"], r"density.*=1\.5 is not allowed"),
-        (["density=0"], r"density.*=0 is not allowed"),
+        (["density=1.5"], r"density=1\.5 is not allowed"),
+        (["density=0"], r"density=0 is not allowed"),
+        (["floor=2"], r"floor=2 is not allowed"),
+        (['density={"*" = 7}'], r"density\.\*=7 is not allowed"),
         (["calibrate=soon"], "calibrate='soon' is not allowed"),
         (["freeze=0.6", "calibrate=late"], "freeze=0.6 is not allowed: it is for calibrate"),
         (["moving.lam=[[0, 1]]"], "lam cannot follow a schedule and a density"),
@@ -161,6 +164,12 @@ def test_a_weak_coupling_is_warned_about_before_anything_is_written(tmp_path):
 def test_values_that_make_no_sense_are_refused_by_name(assignments, message, tmp_path):
     with pytest.raises(RecipeError, match=message):
         tiny_recipe(tmp_path, *STEERED, *assignments)
+
+
+@pytest.mark.parametrize("assignment", ["freeze=0.6", "calibrate=late"])
+def test_how_lambda_is_found_is_not_said_without_a_density(assignment, tmp_path):
+    with pytest.raises(RecipeError, match=r"is not allowed: it says how lambda is found"):
+        tiny_recipe(tmp_path, assignment)
 
 
 def test_a_density_that_fits_nothing_is_refused_before_anything_is_written(tmp_path):
@@ -178,9 +187,20 @@ def test_a_density_per_pattern_and_every_schedule_survive_as_toml(tmp_path):
     assert validate_recipe(recipe.model_dump(), origin="itself") == recipe
 
 
-def test_nu_auto_is_r_of_ten(tmp_path):
+def test_nu_auto_is_r_of_ten_ramped_up(tmp_path):
     recipe = tiny_recipe(tmp_path, "optimizer.nu=auto")
     assert (recipe.optimizer.nu, recipe.optimizer.R) == (None, 10)
+    assert recipe.moving.coupling == RAMP
+    other = tiny_recipe(tmp_path, "optimizer.nu=auto", "optimizer.R=4", "moving.coupling=[[0, 1]]")
+    assert (other.optimizer.nu, other.optimizer.R) == (None, 4)
+    assert other.moving.coupling == ((0, 1),)
+
+
+def test_a_loss_that_does_not_fall_is_warned_about_once(tmp_path):
+    stuck = [a for a in STEERED if not a.startswith("moving")]
+    with pytest.warns(UserWarning, match="the loss has not fallen: 2") as seen:
+        train_tiny(tmp_path / "run", *stuck, "optimizer.lr=1e-6")
+    assert len([w for w in seen if "has not fallen" in str(w.message)]) == 1
 
 
 def test_a_schedule_that_freezes_the_path_and_dead_units_are_warned_about_once(tmp_path):

@@ -61,7 +61,8 @@ def train(
         typer.Option(metavar="SHARE", help="From this share of the path on lambda is constant."),
     ] = None,
     coupling: Annotated[
-        float | None, typer.Option(metavar="R", help="R = kappa T/nu; nu follows. 10 is a start.")
+        float | None,
+        typer.Option(metavar="R", help="R = kappa T/nu; nu follows, ramped. 10 is good."),
     ] = None,
     data: DataOption = None,
     out: Annotated[FilePath | None, typer.Option(help="The run folder to make.")] = None,
@@ -80,7 +81,8 @@ def train(
 ) -> None:
     """Train a recipe once and record its path, or go on with a run."""
     told = {"density": density, "calibrate": calibrate, "freeze": freeze_at}
-    told |= {"optimizer.R": coupling}
+    if coupling is not None:
+        told |= {"optimizer.nu": "auto", "optimizer.R": coupling}
     assignments = [
         *(assignments or ()),
         *(f"{key}={value}" for key, value in told.items() if value is not None),

@@ -72,7 +72,13 @@ def _entries(setting: Setting) -> Iterator[tuple[str, str]]:
         return
     seen = forecast(setting.optimizer, clock)
     if seen.first > clock.total:
-        yield "first entry", "none is expected before the end: lower lam or nu, or say a density"
+        yield (
+            "first entry",
+            (
+                "none before the end, were the weights to stay as small as they begin; those that "
+                "learn grow, and the run looks again early: or lower lam or nu, or say a density"
+            ),
+        )
     else:
         step = clock.step_at(seen.first)
         yield "first entry", f"expected at path time {seen.first:.4g}, step {step:,}"

@@ -2,6 +2,7 @@
 """Recipes: experiments as data. A TOML file, checked field by field, with values set on top."""
 
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -23,6 +24,7 @@ from pydantic import (
 SUFFIX = ".toml"
 DEFAULT_NU = 100.0  # DessiLBI's own
 AUTO_R = 10.0
+RAMP = ((0.0, 0.0), (0.3, 1.0))  # scheduling.RAMP; this file is read before torch is loaded
 
 
 class RecipeError(ValueError):
@@ -83,7 +85,9 @@ class OptimizerRecipe(_Part):
     """Options of DessiLBI, or of wrap around AdamW; see their docstrings.
 
     ``R`` = T/nu may be given instead of ``nu``: T is kappa times the sum of the learning rate over
-    the whole schedule, so that ``nu`` follows the number of epochs; ``nu = "auto"`` is R = 10.
+    the whole schedule, so that ``nu`` follows the number of epochs. ``nu = "auto"`` is R = 10, or
+    the R that is given, with 1/nu ramped up over the first 30 % of the path unless ``moving`` says
+    otherwise.
     With ``base = "adamw"`` AdamW moves the weights, with ``lr`` and ``weight_decay``; momentum,
     dampening and nesterov do not apply. ``lam_filter`` is the ``lam`` of whole filters, which have
     larger norms than single weights, and of units; without it theirs is ``lam``. A rule of the
@@ -192,7 +196,7 @@ class Recipe(_Part):
         ``density``: the wanted share of kept elements, or one for each glob of names; lambda is
         found, and ``lam`` says ratios only. ``calibrate``: "track" or "late", ``freeze``: share of
         the path time after which "track" leaves lambda alone, ``floor``: share of the density that
-        every layer keeps. See DensityControl.
+        every layer keeps, or "none": layers may die. See DensityControl.
     What is kept:
         ``points``: of the path, about; ``judged``: how many of them are judged for accuracy, by
         default what a tenth of the training's cost allows. ``checkpoint_every``: epochs, also
@@ -227,7 +231,7 @@ class Recipe(_Part):
     density: Density | dict[str, Density] | None = None
     calibrate: Literal["track", "late"] = "track"
     freeze: Annotated[float, Field(ge=0.1, lt=1)] | None = None
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.05
+    floor: Annotated[float, Field(ge=0, le=1)] | Literal["none"] = 0.05
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     moving: MovingRecipe = MovingRecipe()
@@ -235,11 +239,27 @@ class Recipe(_Part):
     retrain: RetrainRecipe | None = None
     structure: Annotated[dict[str, Any], BeforeValidator(_rules)] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _ramped_if_auto(cls, values: Any) -> Any:
+        options, moving = values.get("optimizer"), values.get("moving", {})
+        asked = isinstance(options, dict) and options.get("nu") == "auto"
+        if asked and isinstance(moving, dict) and "coupling" not in moving:
+            return values | {"moving": moving | {"coupling": RAMP}}
+        return values
+
     @field_validator("freeze")
     @classmethod
     def _only_tracking(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and info.data.get("calibrate") == "late":
             raise ValueError('it is for calibrate="track"; a late lambda is chosen once')
+        return value
+
+    @field_validator("calibrate", "freeze")
+    @classmethod
+    def _for_a_density(cls, value: Any, info: ValidationInfo) -> Any:
+        if value not in ("track", None) and info.data.get("density") is None:
+            raise ValueError("it says how lambda is found for a density: give density, too")
         return value
 
     @field_validator("moving")
@@ -293,8 +313,13 @@ def validate_recipe(values: dict[str, Any], *, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
+        errors = error.errors()
+        # Of several kinds that a field may have, the one that was read furthest was meant.
+        alike = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+        first = max(alike, key=lambda e: len(e["loc"]))
+        # Where several kinds of values are allowed, pydantic names the kind as if it were a field.
+        kinds = re.compile(r"constrained-|dict\[|literal\[")
+        field = ".".join(part for part in map(str, first["loc"]) if not kinds.match(part))
         if first["type"] == "extra_forbidden":
             raise RecipeError(
                 f"recipe {origin}: {field} is not a field; {_fields_of(field)}"
@@ -394,8 +419,10 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         values = values.setdefault(step, {})
         if not isinstance(values, dict):
             raise RecipeError(f"--set {assignment!r}: {step} has no fields of its own")
-    if keys in (["optimizer", "nu"], ["optimizer", "R"]):
-        values.pop("nu" if keys[1] == "R" else "R", None)  # one follows from the other
+    if keys == ["optimizer", "R"] and values.get("nu") != "auto":
+        values.pop("nu", None)  # one follows from the other
+    elif keys == ["optimizer", "nu"] and text.strip() != "auto":
+        values.pop("R", None)
     try:
         values[keys[-1]] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

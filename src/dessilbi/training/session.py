@@ -185,6 +185,7 @@ class Session:
             validation = self.judge.validation(path.step)
         loss, correct, answers = self.engine.totals(self.totals.read())
         position.epoch, position.batch = position.epoch + 1, 0
+        self.setting.steering.hear(position.epoch, loss / answers, first=self.engine.first)
         place = {"epoch": position.epoch, "step": path.step}
         metrics = {
             "time": path.time,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steering: what moves lambda, nu and kappa while a recipe trains, and looks out for trouble."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from dessilbi.monitors import (
     warn_about_dead_units,
 )
 from dessilbi.scheduling import Schedules, piecewise
+from dessilbi.storage import from_number
 from dessilbi.training.data import Data
 from dessilbi.training.engine import Engine
 from dessilbi.training.objective import loss_of
@@ -26,6 +28,7 @@ from dessilbi.training.schedules import multiplier
 
 WARM = 0.1  # the run is looked at when this share of its steps and of its path time is over
 SAMPLES = 256
+STUCK, ALIKE = 1 / 3, 0.99  # a loss that is still alike after this share of the epochs is stuck
 
 
 class Steering:
@@ -56,7 +59,7 @@ class Steering:
                 total_time=self.clock.total,
                 mode=recipe.calibrate,
                 freeze=recipe.freeze,
-                floor=recipe.floor,
+                floor=None if recipe.floor == "none" else recipe.floor,
             )
         elif recipe.optimizer.R is not None:  # the control has warned already
             warn_about_coupling(optimizer, self.clock.total, largest_alpha=self.clock.largest)
@@ -64,6 +67,7 @@ class Steering:
         self.coupling = coupling_of(optimizer, self.clock.total)
         self._looked = False
         self._found: dict[str, Any] = {}
+        self._first_loss: float | None = None  # None again once it was warned about
 
     def describe(self) -> str:
         """Return what a person should know of the clock."""
@@ -94,6 +98,26 @@ class Steering:
             warn_about_dead_units(shares)
             self._found["dead_units"] = shares
 
+    def hear(self, epoch: int, loss: float, *, first: bool) -> None:
+        """After an epoch: say so once if nothing has been learnt after a third of the run.
+
+        Args:
+            epoch: Epochs done.
+            loss: Mean loss of the latest.
+            first: Whether this process speaks.
+        """
+        if epoch == 1:
+            self._first_loss = loss
+        elif epoch >= max(3, STUCK * self.recipe.epochs) and self._first_loss is not None:
+            if loss > ALIKE * self._first_loss and first:
+                warnings.warn(
+                    f"the loss has not fallen: {self._first_loss:.4g} in the first epoch, "
+                    f"{loss:.4g} in epoch {epoch}; the coupling may pull the weights to zero "
+                    f"before they learn: ramp it up (optimizer.nu=auto does), or lower R or lr",
+                    stacklevel=2,
+                )
+            self._first_loss = None
+
     def metrics(self) -> dict[str, Any]:
         """Return what is worth a place in the line of an epoch; every process must call it."""
         found, self._found = self._found, {}
@@ -109,6 +133,7 @@ class Steering:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where :meth:`state_dict` was taken."""
         self._looked, self._found = bool(state["looked"]), dict(state["found"])
+        self._first_loss = None if state["loss"] is None else from_number(state["loss"])
         for observer, told in ((self.schedules, "schedules"), (self.control, "control")):
             if observer is not None:
                 observer.load_state_dict(state[told])
@@ -118,6 +143,7 @@ class Steering:
         return {
             "looked": self._looked,
             "found": self._found,
+            "loss": self._first_loss,
             "schedules": self.schedules.state_dict() if self.schedules else None,
             "control": self.control.state_dict() if self.control else None,
         }
