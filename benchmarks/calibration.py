@@ -72,8 +72,8 @@ def planned() -> list[dict[str, Any]]:
     schedules, densities = ("cosine", "step", "constant"), (0.05, 0.1, 0.3)
     return [
         dict(zip(KEYS, (net, structure, density, schedule, seed, mode), strict=True))
-        for seed, (net, structure), schedule, density, mode in product(
-            SEEDS, KINDS, schedules, densities, MODES
+        for seed, schedule, density, (net, structure), mode in product(
+            SEEDS, schedules, densities, KINDS, MODES
         )
     ]
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: experiments as data. A TOML file, checked field by field, with values set on top."""
 
-import math
 import re
 import tomllib
 from collections.abc import Sequence
@@ -21,6 +20,16 @@ from pydantic import (
     model_validator,
 )
 
+from dessilbi.training.values import (
+    Density,
+    NonNegative,
+    Points,
+    Positive,
+    Threshold,
+    ascending,
+    rules,
+)
+
 SUFFIX = ".toml"
 DEFAULT_NU = 100.0  # DessiLBI's own
 AUTO_R = 10.0
@@ -29,52 +38,6 @@ RAMP = ((0.0, 0.0), (0.3, 1.0))  # scheduling.RAMP; this file is read before tor
 
 class RecipeError(ValueError):
     """A recipe does not exist or holds a value that is not allowed."""
-
-
-def _threshold(value: object) -> object:
-    return math.inf if value == "inf" else value
-
-
-def _rules(value: object) -> object:
-    """What TOML and JSON have no word for: "none" is no structure, "all" a whole dimension."""
-    if not isinstance(value, dict):
-        return value
-    return {pattern: _rule(rule) for pattern, rule in value.items()}
-
-
-def _rule(rule: object) -> object:
-    if rule == "none":
-        return None
-    if isinstance(rule, list | tuple):
-        return tuple(None if length == "all" else length for length in rule)
-    if isinstance(rule, dict):
-        if set(rule) == {"structure"}:  # as TOML writes a plain structure among tables
-            return _rule(rule["structure"])
-        told = {key: _threshold(value) for key, value in rule.items()}
-        return told | ({"structure": _rule(told["structure"])} if "structure" in told else {})
-    return rule
-
-
-Threshold = Annotated[float, Field(gt=0), BeforeValidator(_threshold)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
-    if list(values) != sorted(values):
-        raise ValueError("must be ascending")
-    return values
-
-
-def _line(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-    places = [place for place, _ in points]
-    if places != sorted(places):
-        raise ValueError("must be (progress, factor) points in ascending order of progress")
-    return points
-
-
-Points = Annotated[tuple[tuple[NonNegative, NonNegative], ...], AfterValidator(_line)]
-Density = Annotated[float, Field(gt=0, lt=1)]
 
 
 class _Part(BaseModel):
@@ -135,7 +98,7 @@ class ScheduleRecipe(_Part):
     """
 
     kind: Literal["constant", "step", "cosine", "hold"] = "constant"
-    milestones: Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(_ascending)] = ()
+    milestones: Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(ascending)] = ()
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     hold: Annotated[float, Field(gt=0, lt=1)] = 0.75
@@ -237,7 +200,7 @@ class Recipe(_Part):
     moving: MovingRecipe = MovingRecipe()
     finetune: FinetuneRecipe = FinetuneRecipe()
     retrain: RetrainRecipe | None = None
-    structure: Annotated[dict[str, Any], BeforeValidator(_rules)] = Field(default_factory=dict)
+    structure: Annotated[dict[str, Any], BeforeValidator(rules)] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of recipes: which numbers are allowed, and what TOML and JSON have no word for."""
+
+import math
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+
+def _threshold(value: object) -> object:
+    return math.inf if value == "inf" else value
+
+
+def rules(value: object) -> object:
+    """Read what TOML and JSON have no word for: "none" is no structure, "all" a whole dimension."""
+    if not isinstance(value, dict):
+        return value
+    return {pattern: _rule(rule) for pattern, rule in value.items()}
+
+
+def _rule(rule: object) -> object:
+    if rule == "none":
+        return None
+    if isinstance(rule, list | tuple):
+        return tuple(None if length == "all" else length for length in rule)
+    if isinstance(rule, dict):
+        if set(rule) == {"structure"}:  # as TOML writes a plain structure among tables
+            return _rule(rule["structure"])
+        told = {key: _threshold(value) for key, value in rule.items()}
+        return told | ({"structure": _rule(told["structure"])} if "structure" in told else {})
+    return rule
+
+
+Threshold = Annotated[float, Field(gt=0), BeforeValidator(_threshold)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def ascending(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Refuse values out of order."""
+    if list(values) != sorted(values):
+        raise ValueError("must be ascending")
+    return values
+
+
+def _line(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    places = [place for place, _ in points]
+    if places != sorted(places):
+        raise ValueError("must be (progress, factor) points in ascending order of progress")
+    return points
+
+
+Points = Annotated[tuple[tuple[NonNegative, NonNegative], ...], AfterValidator(_line)]
+Density = Annotated[float, Field(gt=0, lt=1)]
