@@ -51,8 +51,7 @@ def _clock(setting: Setting) -> Iterator[tuple[str, str]]:
 def _step(setting: Setting) -> Iterator[tuple[str, str]]:
     model = setting.model
     inputs, targets = setting.data.train.examples(SAMPLES * BATCHES)
-    size = max(1, len(targets) // BATCHES)
-    batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+    batches = list(zip(inputs.chunk(BATCHES), targets.chunk(BATCHES), strict=True))
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         return loss_of(model(batch[0]), batch[1])

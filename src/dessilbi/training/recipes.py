@@ -54,8 +54,8 @@ class OptimizerRecipe(_Part):
     With ``base = "adamw"`` AdamW moves the weights, with ``lr`` and ``weight_decay``; momentum,
     dampening and nesterov do not apply. ``lam_filter`` is the ``lam`` of whole filters, which have
     larger norms than single weights, and of units; without it theirs is ``lam``. A rule of the
-    structure goes before both. ``fused``: as in DessiLBI and wrap; true builds the fused kernel if it
-    is not there.
+    structure goes before both. ``fused``: as in DessiLBI and wrap; true builds the fused kernel if
+    it is not there.
     """
 
     base: Literal["sgd", "adamw"] = "sgd"
