@@ -15,6 +15,7 @@ from dessilbi.path import Path
 from dessilbi.reporting.figures import save_path_figure
 from dessilbi.reporting.summary import summarise, thinned
 from dessilbi.runs import free_path
+from dessilbi.sealing import sealed
 from dessilbi.storage import read_json, write_json
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.finetune import Trained, judge_tickets, load_trained
@@ -38,7 +39,7 @@ def measure(name: str, data: str | None) -> None:
     trained = load_trained(run, data_root=data)
     path = Path.load(run.folder)
     outcomes = [asdict(o) for o in judge_tickets(trained, path, DENSITIES)]
-    write_json(run.family, {"accuracy": trained.accuracy, "tickets": outcomes})
+    write_json(run.family, sealed({"accuracy": trained.accuracy, "tickets": outcomes}))
     summary = summarise(run.folder)
     last = summary.rows[-1]
     write_json(

@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_path(recipe, tmp_path, monkey
     assert result.exit_code == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: could not read or write ")
-    assert "No space left on device; what was already written is kept" in last
+    assert "No space left on device; what was saved is kept, go on with: dessilbi train" in last
     assert len(Path.load(tmp_path / "run").points) == 1
 
 
@@ -489,7 +489,7 @@ def test_truncated_scores_are_one_sentence(tmp_path, length):
     run = own_copy(tmp_path)
     run.scores.write_bytes(run.scores.read_bytes()[:length])
     result = call("ticket", run.folder, "--density", 0.1)
-    assert_failed(result, 1, run.scores, "not readable as block scores")
+    assert_failed(result, 1, run.scores, "cannot be read as safetensors")
 
 
 def test_a_ticket_file_in_a_folder_that_is_not_there_is_named(tmp_path):

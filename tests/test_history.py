@@ -301,13 +301,15 @@ def test_a_point_without_a_number_is_refused_with_a_value_error(line, file):
         History.load(file)
 
 
-@pytest.mark.parametrize("shape", [[-3, 2], [2**40, 2**40]], ids=str)
+@pytest.mark.parametrize("shape", [[-3, 2], [2**40, 2**40], [2**27, 1]], ids=str)
 def test_a_header_with_an_impossible_shape_is_refused_with_a_value_error(shape, file):
     tensors = {"w": {"shape": shape, "block": [1, None], "unit": None}}
     file.write_text(
         json.dumps({"format": "dessilbi.path", "version": 1, "tensors": tensors}) + "\n"
     )
-    with pytest.raises(ValueError, match="is not a readable path"):
+    with pytest.raises(
+        ValueError, match=r"is not a readable path|claims to be the path of [0-9,]+ blocks"
+    ):
         History.load(file)
 
 

@@ -11,6 +11,8 @@ SRC = Path(__file__).parents[1] / "src" / "dessilbi"
 # From the ground up. A package stands for all of its files, which may import each other.
 ORDER = [
     "storage",  # durable files, no torch
+    "sealing",  # the checksums of a run folder, no torch
+    "tensorfiles",  # tensors in a file
     "naming",  # canonical parameter names
     "structure",  # block shapes
     "sharding",  # blocks whose elements lie on several ranks
@@ -67,13 +69,14 @@ ORDER = [
     "manifest",  # the JSON file of a saved compact model
     "saving",
     "shrinking",  # a run and a ticket become a smaller model
+    "auditing",  # every file of a run folder against its checksums
     "reporting",
     "integrations",
     "testing",
     "cli",
     "__main__",
 ]
-NO_TORCH_AT_IMPORT = {"storage", "runs", "cli", "__main__", "__init__"}
+NO_TORCH_AT_IMPORT = {"storage", "sealing", "runs", "cli", "__main__", "__init__"}
 
 
 def module_of(path: Path) -> str:

@@ -577,7 +577,7 @@ def test_an_unfinished_run_gives_tickets_by_step_but_not_by_density(tmp_path):
 def test_damaged_scores_are_refused_by_name(tmp_path, content):
     _, _, run = saved(tmp_path, every=10)
     run.scores.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{run.scores} is not readable as block scores"):
+    with pytest.raises(ValueError, match=f"{run.scores} cannot be read as safetensors"):
         Path.load(tmp_path)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from dessilbi import runs
 from dessilbi.runs import SCHEMA_VERSION, BusyError, Run, create_run, free_path, locked
+from dessilbi.sealing import unsealed
 
 
 def test_every_file_of_a_run_lies_in_its_folder_under_a_name_of_its_own(tmp_path):
@@ -60,7 +61,7 @@ def test_the_status_is_what_was_set_last(tmp_path):
     run.set_status("failed", reason="Γ", loss=float("inf"))
     expected = {"schema": SCHEMA_VERSION, "status": "failed", "reason": "Γ", "loss": "inf"}
     assert run.read_status() == expected
-    assert json.loads(run.status.read_text(encoding="utf-8")) == expected
+    assert unsealed(json.loads(run.status.read_text(encoding="utf-8"))) == expected
 
 
 def test_a_folder_without_a_status_is_a_file_not_found_error(tmp_path):

@@ -101,5 +101,7 @@ def shared_run() -> Run:
 
 
 def own_copy(folder: Path) -> Run:
-    """A copy of the shared run that a test may damage."""
-    return Run(shutil.copytree(shared_run().folder, folder / "run"))
+    """A copy of the shared run that a test may damage; its list of checksums would find it out."""
+    run = Run(shutil.copytree(shared_run().folder, folder / "run"))
+    run.checksums.unlink()
+    return run

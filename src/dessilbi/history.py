@@ -20,16 +20,19 @@ from torch import Tensor
 from dessilbi.storage import (
     DamagedFileError,
     append_line,
+    check_begins,
     cut_back,
     from_number,
     read_lines,
     to_json,
+    told_by,
 )
 from dessilbi.ticket import TensorSpec, pack_bits, unpack_bits
 
 FORMAT = "dessilbi.path"
 VERSION = 1
 NEVER = -1
+BELIEVED = 1 << 26  # blocks that a file may claim without weights to show for it: 0.6 GB in memory
 
 # What replaying a damaged or hostile file can raise, before we say so in one sentence.
 _UNREADABLE = (
@@ -44,6 +47,10 @@ _UNREADABLE = (
 )
 
 Bytes = npt.NDArray[np.uint8]
+
+
+class OtherTensorsError(ValueError):
+    """A path is of other tensors than those it is to continue with."""
 
 
 @dataclass(frozen=True)
@@ -221,27 +228,37 @@ class History:
             self._chain = chain
 
     @classmethod
-    def load(cls, file: str | FilePath) -> "History":
+    def load(
+        cls,
+        file: str | FilePath,
+        *,
+        specs: Mapping[str, TensorSpec] | None = None,
+        largest: int = BELIEVED,
+    ) -> "History":
         """Read a history; a line torn by a crash is passed over.
+
+        Args:
+            file: What a history has written.
+            specs: The tensors it must be of, if they are known.
+            largest: How many blocks a file may claim; memory for them is allocated.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is damaged or not a path.
+            ValueError: The file is damaged, not a path, or of other tensors.
         """
         lines = iter(read_lines(file))
         try:
             header = next(lines, {})
-            history = cls._from_header(header)
+            history = cls._from_header(header, file, specs, largest)
             history._verify(header)
             for line in lines:
                 history._verify(line)
                 history._replay(line)
-        except DamagedFileError:
+        except (DamagedFileError, OtherTensorsError):
             raise
         except _UNREADABLE as error:
-            detail = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DamagedFileError(
-                f"{file} is not a readable path ({detail}): "
+                f"{file} is not a readable path ({told_by(error)}): "
                 f"it is damaged or not ours; restore it from a copy or train again"
             ) from None
         return history
@@ -260,21 +277,39 @@ class History:
         return {"bytes": self.file.stat().st_size, "crc": self._chain}
 
     @classmethod
-    def resume(cls, file: str | FilePath, position: Mapping[str, int]) -> "History":
+    def resume(
+        cls,
+        file: str | FilePath,
+        position: Mapping[str, int],
+        *,
+        specs: Mapping[str, TensorSpec] | None = None,
+    ) -> "History":
         """Cut a file back to an earlier :meth:`position` and go on from there.
 
         Raises:
             DamagedFileError: The file does not hold what was written up to there.
+            ValueError: It is the path of other tensors than ``specs``.
             OSError: The file cannot be written.
         """
-        size, chain = position["bytes"], position["crc"]
-        content = FilePath(file).read_bytes()[:size] if FilePath(file).exists() else b""
-        if len(content) == size and not content.endswith(b'"crc": %d}\n' % chain):
-            raise DamagedFileError(f"{file} is of another run than the state it is to continue")
-        cut_back(file, size)
-        history = cls.load(file)
+        cls.check_position(file, position)
+        cut_back(file, position["bytes"])
+        history = cls.load(file, specs=specs)
         history.file = FilePath(file)
         return history
+
+    @staticmethod
+    def check_position(file: str | FilePath, position: Mapping[str, int]) -> None:
+        """Check that a file holds what was written up to a :meth:`position`.
+
+        Raises:
+            DamagedFileError: It does not.
+        """
+        size, end = position["bytes"], b'"crc": %d}\n' % position["crc"]
+        check_begins(FilePath(file), size)
+        with FilePath(file).open("rb") as opened:
+            opened.seek(max(0, size - len(end)))
+            if opened.read(len(end)) != end:
+                raise DamagedFileError(f"{file} is of another run than the state it is to continue")
 
     def _verify(self, line: dict[str, Any]) -> None:
         told = line.pop("crc", None)
@@ -283,7 +318,13 @@ class History:
             raise ValueError("a line does not match its checksum, or one is missing before it")
 
     @classmethod
-    def _from_header(cls, header: dict[str, Any]) -> "History":
+    def _from_header(
+        cls,
+        header: dict[str, Any],
+        file: str | FilePath,
+        wanted: Mapping[str, TensorSpec] | None,
+        largest: int,
+    ) -> "History":
         if header.get("format") != FORMAT:
             raise ValueError("no path header")
         if header.get("version") != VERSION:
@@ -292,6 +333,14 @@ class History:
             name: TensorSpec(tuple(entry["shape"]), tuple(entry["block"]))
             for name, entry in header["tensors"].items()
         }
+        if wanted is not None and specs != wanted:
+            raise OtherTensorsError(f"{file} is the path of other tensors than this optimizer's")
+        blocks = sum(spec.num_blocks for spec in specs.values())
+        if wanted is None and blocks > largest:
+            raise DamagedFileError(
+                f"{file} claims to be the path of {blocks:,} blocks, with no weights of that size "
+                f"beside it: if it is your own, read it with Path.load(folder, largest={blocks})"
+            )
         units = {name: entry["unit"] for name, entry in header["tensors"].items()}
         return cls(specs, units)
 

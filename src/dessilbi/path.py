@@ -19,10 +19,11 @@ from dessilbi.choosing import QUANTITIES, Family
 from dessilbi.forecast import entry_times
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.hints import EntryHint
-from dessilbi.history import NEVER, History, Point
+from dessilbi.history import BELIEVED, NEVER, History, Point
 from dessilbi.optimizer import is_phantom_step
 from dessilbi.runs import Run
 from dessilbi.scores import Scores, block_scores, load_scores, save_scores
+from dessilbi.sealing import check_sealed
 from dessilbi.selection import Ranking, rank
 from dessilbi.ticket import Ticket
 
@@ -91,9 +92,7 @@ class Path:
         if resume is None or file is None:
             self._history = History(specs, {m.name: m.group.get("unit") for m in found}, file)
         else:
-            self._history = History.resume(file, resume["file"])
-            if self._history.specs != specs:
-                raise ValueError(f"{file} is the path of other tensors than this optimizer's")
+            self._history = History.resume(file, resume["file"], specs=specs)
         self._scores: Scores | None = None
         self.step: int = 0 if after is None else after.step
         self.time: float = 0.0 if after is None else after.time
@@ -110,8 +109,10 @@ class Path:
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     @classmethod
-    def load(cls, folder: str | FilePath) -> "Path":
+    def load(cls, folder: str | FilePath, *, largest: int | None = None) -> "Path":
         """Read the path of a run folder; it answers questions and records nothing more.
+
+        It may have ``largest`` blocks; by default as many as the run's first weights have bytes.
 
         Raises:
             FileNotFoundError: The folder has no path.
@@ -123,11 +124,11 @@ class Path:
                 f"{folder} is not a run folder: it has no {run.path.name}; name a folder that "
                 f"`dessilbi train` has written"
             )
+        check_sealed(run.path, run.scores)
         path = cls.__new__(cls)
-        path._history = History.load(run.path)
-        path._scores = (
-            load_scores(run.scores, path._history.specs) if run.scores.is_file() else None
-        )
+        path._history = History.load(run.path, largest=largest or max(BELIEVED, run.weight_bytes))
+        specs = path._history.specs
+        path._scores = load_scores(run.scores, specs) if run.scores.is_file() else None
         path._optimizer, path._closed = None, False
         last = path.points[-1] if path.points else Point(0, 0.0, 0.0)
         path.step, path.time = last.step, last.time

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import IO, Any
 
-from dessilbi.storage import draft_folder, read_json, sync_folder, write_atomic, write_json
+from dessilbi.sealing import NAME as CHECKSUMS
+from dessilbi.sealing import check_sealed, read_sealed, sealed
+from dessilbi.storage import (
+    DamagedFileError,
+    draft_folder,
+    read_json,
+    sync_folder,
+    write_atomic,
+    write_json,
+)
 
 SCHEMA_VERSION = 1
 
@@ -112,6 +121,16 @@ class Run:
         """How far the run came (JSON)."""
         return self.folder / "status.json"
 
+    @property
+    def checksums(self) -> FilePath:
+        """SHA-256 of the files above; see ``sealing``."""
+        return self.folder / CHECKSUMS
+
+    @property
+    def final_files(self) -> tuple[FilePath, ...]:
+        """What does not change any more when the run has ended."""
+        return self.model, self.scores, self.metrics, self.times, self.path
+
     def set_status(self, status: str, **facts: Any) -> None:
         """Record "running", "finished", "interrupted" or "failed" with further facts."""
         write_json(self.status, status_of(status, **facts))
@@ -123,7 +142,15 @@ class Run:
             FileNotFoundError: The folder is not a run folder.
             ValueError: The file is damaged.
         """
-        return read_json(self.status)
+        told = read_sealed(self.status)
+        if "status" not in told:
+            raise DamagedFileError(f"{self.status} does not say how far the run came")
+        return told
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the initialisation, 0 where it is not there: no tensor of the run is larger."""
+        return self.init.stat().st_size if self.init.is_file() else 0
 
     def read_recipe(self) -> dict[str, Any]:
         """Return the recipe as it was written.
@@ -137,12 +164,23 @@ class Run:
                 f"{self.folder} is not a run folder: it has no {self.recipe.name}; "
                 f"name a folder that `dessilbi train` has written"
             )
+        check_sealed(self.recipe)
         return read_json(self.recipe)
+
+    def read_environment(self) -> dict[str, Any]:
+        """Return versions, devices and threads as they were written.
+
+        Raises:
+            FileNotFoundError: The folder is not a run folder.
+            ValueError: The file is damaged.
+        """
+        check_sealed(self.environment)
+        return read_json(self.environment)
 
 
 def status_of(status: str, **facts: Any) -> dict[str, Any]:
     """Return the content of a status file."""
-    return {"schema": SCHEMA_VERSION, "status": status, **facts}
+    return sealed({"schema": SCHEMA_VERSION, "status": status, **facts})
 
 
 def create_run(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from dessilbi.manifest import (
 from dessilbi.naming import canonical_name, unwrap
 from dessilbi.registry import Options, build_registered, check_registered
 from dessilbi.storage import DamagedFileError, new_folder, sha256_of, write_atomic
+from dessilbi.tensorfiles import open_tensors
 from dessilbi.ticket import Ticket
 from dessilbi.witness import Verdict, Witness, tolerance
 
@@ -257,10 +257,7 @@ _FLOATING = {
 
 
 def _weights(file: Path) -> Any:
-    try:
-        return safetensors.safe_open(str(file), framework="pt")
-    except safetensors.SafetensorError as error:
-        raise DamagedFileError(f"{file} is not a safetensors file ({error})") from None
+    return open_tensors(file)
 
 
 def _fill(model: nn.Module, file: Path) -> None:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 from dessilbi import dual, sharding
 from dessilbi.storage import DamagedFileError, write_atomic
+from dessilbi.tensorfiles import load_tensors
 from dessilbi.ticket import TensorSpec
 
 Scores = Mapping[str, Mapping[str, Tensor]]
@@ -67,9 +67,9 @@ def load_scores(
         DamagedFileError: The file is damaged or of another run.
     """
     try:
-        flat = safetensors.torch.load_file(file)
+        flat = load_tensors(file)
         scores = {kind: {name: flat[f"{kind}/{name}"] for name in specs} for kind in KINDS}
-    except (safetensors.SafetensorError, LookupError) as error:
+    except LookupError as error:
         raise DamagedFileError(
             f"{file} is not readable as block scores ({error}): restore it or train again"
         ) from None

@@ -18,9 +18,55 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+LARGEST = 64 << 20  # bytes of a JSON file
+LONGEST = 192 << 20  # bytes of a line; the path of 10^9 single weights has lines of that size
+MANY = 1 << 22  # values in one JSON text: an empty list takes 2 bytes there and 56 in memory
+_PIECE = 1 << 20  # bytes
+
 
 class DamagedFileError(ValueError):
     """A file is not what it should be; the message names it and says what to do."""
+
+
+def told_by(error: object, longest: int = 200) -> str:
+    r"""Return what an error says in one line that a person can read: it may quote a whole file.
+
+    >>> told_by(ValueError("one\ntwo"))
+    'one two'
+    """
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= longest else f"{line[:longest]}..."
+
+
+def check_plain(path: str | Path) -> None:
+    """Refuse a link, which may lead anywhere, and a pipe or device, which may never end.
+
+    Raises:
+        DamagedFileError: ``path`` is there and is not a plain file.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise DamagedFileError(
+            f"{path} is a link or not a plain file, and only plain files are read here: "
+            f"put the file itself there"
+        )
+
+
+def check_unlinked(folder: Path) -> None:
+    """Refuse a folder in which anything, at any depth, is a link or not a plain file or folder.
+
+    Raises:
+        DamagedFileError: The message names the first.
+    """
+    for parent, folders, files in os.walk(folder):  # does not follow links
+        for name in sorted(files):
+            check_plain(Path(parent, name))
+        for name in sorted(folders):
+            if Path(parent, name).is_symlink():
+                raise DamagedFileError(
+                    f"{Path(parent, name)} is a link, and nothing outside of {folder} is read or "
+                    f"written: put the folder itself there"
+                )
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -33,14 +79,18 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     Raises:
         OSError: The disk is full or the folder is not writable; the old file is untouched.
     """
-    path = Path(path)
+    _write_pieces(Path(path), (data,))
+
+
+def _write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:  # it names the temporary file, which means nothing to the caller
         raise type(error)(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         _open_up(Path(temporary), 0o666)
@@ -201,8 +251,9 @@ def append_line(path: str | Path, value: Mapping[str, Any]) -> None:
 
 def length_of(path: str | Path) -> dict[str, int]:
     """Return how far a log has come, its bytes and their checksum, for :func:`cut_back`."""
-    content = Path(path).read_bytes() if Path(path).exists() else b""
-    return {"bytes": len(content), "crc": zlib.crc32(content)}
+    path = Path(path)
+    size = path.stat().st_size if path.exists() else 0
+    return {"bytes": size, "crc": _crc(path, size)}
 
 
 def cut_back(path: str | Path, size: int, crc: int | None = None) -> None:
@@ -218,14 +269,39 @@ def cut_back(path: str | Path, size: int, crc: int | None = None) -> None:
         OSError: The file cannot be written; it is as before.
     """
     path = Path(path)
-    content = path.read_bytes() if path.exists() else b""
-    if len(content) < size or crc not in (None, zlib.crc32(content[:size])):
+    check_begins(path, size, crc)
+    if size < (path.stat().st_size if path.exists() else 0):
+        _write_pieces(path, _pieces(path, size))
+
+
+def check_begins(path: Path, size: int, crc: int | None = None) -> None:
+    """Check the first ``size`` bytes of a log; see :func:`cut_back`.
+
+    Raises:
+        DamagedFileError: The file is shorter than that or begins otherwise.
+    """
+    check_plain(path)
+    found = path.stat().st_size if path.exists() else 0
+    if found < size or crc not in (None, _crc(path, size)):
         raise DamagedFileError(
             f"{path} no longer holds the {size} bytes that were written to it: "
             f"restore it from a copy or train again"
         )
-    if len(content) > size:
-        write_atomic(path, content[:size])
+
+
+def _pieces(path: Path, size: int) -> Iterator[bytes]:
+    """The first ``size`` bytes of a file, a little at a time."""
+    with path.open("rb") as file:
+        while size > 0 and (piece := file.read(min(size, _PIECE))):
+            size -= len(piece)
+            yield piece
+
+
+def _crc(path: Path, size: int) -> int:
+    crc = 0
+    for piece in _pieces(path, size) if size else ():
+        crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def sweep(folder: Path, names: Iterable[str]) -> None:
@@ -245,19 +321,19 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         DamagedFileError: A line that is followed by others is not a JSON object.
         FileNotFoundError: There is no such file.
     """
-    content = Path(path).read_bytes()
-    # What follows the last newline was never finished: the process died while writing it.
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise DamagedFileError(
-                f"{path}, line {number}, is not a JSON object: the file is damaged or not ours; "
-                f"restore it from a copy or train again"
-            )
-        yield value
+    check_plain(path)
+    with Path(path).open("rb") as file:
+        number = 0
+        # What follows the last newline was never finished: the process died while writing it.
+        while (line := file.readline(LONGEST)).endswith(b"\n") or len(line) == LONGEST:
+            number += 1
+            value = _object(line)
+            if value is None:
+                raise DamagedFileError(
+                    f"{path}, line {number}, is not a JSON object: the file is damaged or not "
+                    f"ours; restore it from a copy or train again"
+                )
+            yield value
 
 
 def _cut_torn_line(file: FileIO) -> int:
@@ -276,13 +352,38 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        DamagedFileError: The file is not a JSON object.
+        DamagedFileError: The file is not a JSON object, or too large to be one of ours.
         FileNotFoundError: There is no such file.
     """
-    try:
-        value = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+    check_plain(path)
+    small = Path(path).stat().st_size <= LARGEST
+    value = _object(Path(path).read_bytes()) if small else None
+    if value is None:
         raise DamagedFileError(f"{path} is not a JSON object: the file is damaged or not ours")
     return value
+
+
+def _object(content: bytes) -> dict[str, Any] | None:
+    """Return a JSON object, or None if it is none."""
+    try:
+        value = from_json(content)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def from_json(content: bytes) -> Any:
+    """Parse JSON; a text that would take far more memory than it is long is refused.
+
+    Raises:
+        ValueError: It is not JSON, nested too deeply, or has too many values.
+
+    >>> from_json(b'{"a": [1]}')
+    {'a': [1]}
+    """
+    if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MANY:
+        raise ValueError(f"more than {MANY:,} values")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -2,7 +2,6 @@
 """Ticket: which blocks of which tensors live. Support, mask and ticket are this one noun."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from dessilbi.enforcing import Enforcement
 from dessilbi.naming import canonical_names, unwrap
 from dessilbi.sharding import local, local_part
-from dessilbi.storage import to_json, write_atomic
+from dessilbi.storage import from_json, to_json, told_by, write_atomic
 from dessilbi.structure import Block, block_size, expand, grid_shape, resolve
+from dessilbi.tensorfiles import open_tensors
 
 FORMAT = "dessilbi.ticket"
 VERSION = 1
@@ -265,16 +265,15 @@ class Ticket(Mapping[str, Tensor]):
             FileNotFoundError: There is no such file.
             ValueError: The file is truncated, foreign, or of a newer format.
         """
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise FileNotFoundError(f"there is no ticket file {path}; name one that exists")
         try:
-            with safetensors.safe_open(str(path), framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get("ticket", "{}"))
+            with open_tensors(path, framework="numpy") as file:
+                header = from_json((file.metadata() or {}).get("ticket", "{}").encode())
                 return cls._from_file(header, file)
         except _UNREADABLE as error:
-            detail = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"{path} is not a readable ticket ({detail}): "
+                f"{path} is not a readable ticket ({told_by(error)}): "
                 f"give a file written by Ticket.save or `dessilbi ticket`"
             ) from None
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dessilbi train` under torchrun: several gloo ranks equal one process on the same batches."""
 
+import math
 import os
 import signal
 import socket
@@ -102,7 +103,7 @@ def train(folder, strategy=None, cut=None, *more):
 
 
 def resume(folder, strategy=None):
-    loop.resume(FilePath(folder) / "run", strategy=strategy)
+    loop.resume(FilePath(folder) / "run", strategy=strategy, trust_checkpoint=True)
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +234,85 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_is_never_saved(tmp_path):
     run = Run(tmp_path / "run")
     assert run.read_status()["status"] == "failed"
     assert not run.checkpoints.exists()
+
+
+class Frail(Wide):
+    """Gives NaN in one step, on one rank only."""
+
+    seen = 0
+
+    def forward(self, x):
+        out = super().forward(x)
+        if self.training and torch.is_grad_enabled():
+            Frail.seen += 1
+            # 5 pieces a step: the third piece of the fourth step.
+            if Frail.seen == 18 and os.environ.get("RANK", "0") == "1":
+                out = out * math.nan
+        return out
+
+
+def pass_over(folder, strategy):
+    with patch.dict(MODELS, wide=Frail), patch.dict(IMAGE_MODELS, wide=Frail):
+        train(folder, strategy, None, "on_nan=skip")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_all_ranks_pass_over_a_step_that_is_not_finite_on_one(tmp_path, strategy):
+    spawn(pass_over, 2, tmp_path, strategy)
+    run = Run(tmp_path / "run")
+    assert [line["skipped"] for line in read_lines(run.metrics)] == [1, 0]
+    weights = safetensors.torch.load_file(run.model).values()
+    assert all(t.isfinite().all() for t in weights)
+    assert Path.load(run.folder).step == 9
+
+
+@pytest.mark.full
+def test_a_rank_that_is_killed_under_torchrun_comes_back_and_the_run_ends_as_planned(tmp_path):
+    """The command is the same for all attempts; the second finds the run and goes on."""
+    file = tmp_path / "tiny.toml"
+    file.write_text(TOML)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    options = ["--device", "cpu", "--set", "epochs=4", "--set", "checkpoint_every=0.5"]
+
+    def call(name, *more):
+        run = [str(file), *options, "--out", str(tmp_path / name)]
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *more, "train", *run]
+        environment = {**os.environ, "KILLED_MARK": str(tmp_path / "mark")}
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done, Run(tmp_path / name)
+
+    done, run = call("killed", "--max-restarts", "1", str(script))
+    assert (tmp_path / "mark").exists()
+    assert "resuming" in done.stderr
+    _, whole = call("whole", "-m", "dessilbi")
+    for name in ("model", "path", "metrics", "scores", "init"):
+        assert getattr(run, name).read_bytes() == getattr(whole, name).read_bytes(), name
+
+
+# The command line, in which the second rank is killed once, after some steps.
+KILLED = """
+import os, signal
+from pathlib import Path
+from dessilbi.cli import main
+from dessilbi.training import loop
+
+taken, mark, count = loop.step, Path(os.environ["KILLED_MARK"]), 0
+
+def step(session, inputs, targets):
+    global count
+    taken(session, inputs, targets)
+    count += 1
+    if os.environ["RANK"] == "1" and count == 8 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop.step = step
+main()
+"""
 
 
 @pytest.mark.full

@@ -10,6 +10,7 @@ from tiny import own_copy, shared_run
 
 from dessilbi.reporting.figures import save_path_figure
 from dessilbi.reporting.summary import summarise
+from dessilbi.sealing import sealed
 from dessilbi.storage import write_json
 
 pytest.importorskip("matplotlib")
@@ -38,7 +39,7 @@ def test_a_judged_family_is_drawn_as_well(tmp_path):
     plain, wide = tmp_path / "plain.svg", tmp_path / "wide.svg"
     save_path_figure(summarise(run.folder), plain)
     tickets = [{"density": d, "before": d, "after": 0.9} for d in (0.5, 0.1)]
-    write_json(run.family, {"accuracy": 0.95, "tickets": tickets})
+    write_json(run.family, sealed({"accuracy": 0.95, "tickets": tickets}))
     save_path_figure(summarise(run.folder), wide)
     assert "family of models" not in plain.read_text(encoding="utf-8")
     assert "family of models" in wide.read_text(encoding="utf-8")

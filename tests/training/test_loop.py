@@ -25,7 +25,13 @@ def names(folder):
 def test_a_run_folder_is_complete():
     run = shared_run()
     assert names(run.folder) == {
-        *("recipe.json", "environment.json", "init.safetensors", "model.safetensors"),
+        *(
+            "checksums.json",
+            "recipe.json",
+            "environment.json",
+            "init.safetensors",
+            "model.safetensors",
+        ),
         *("metrics.jsonl", "times.jsonl", "path.jsonl", "scores.safetensors", "status.json"),
         *("checkpoints", ".lock"),
     }

@@ -16,6 +16,7 @@ from dessilbi.cli.terminal import (
     guarded,
     print_json,
 )
+from dessilbi.cli.verification import verify_run
 from dessilbi.runs import Run, free_path
 from dessilbi.storage import to_json
 
@@ -105,19 +106,21 @@ def export(
 
 @guarded
 def verify(
-    folder: FolderArgument,
+    folder: Annotated[
+        FilePath, typer.Argument(help="A run folder, or what `dessilbi compact` made.")
+    ],
     run: Annotated[
         FilePath | None, typer.Option(help="Also make the masked model again from this run.")
     ] = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every file of a smaller model, and compute its proof again."""
-    if Run(folder).recipe.is_file():
-        raise ValueError(
-            f"{folder} is a run folder, which verify cannot check yet: name a folder that "
-            f"`dessilbi compact` has made"
-        )
+    """Check every file of a run, or of a smaller model and compute its proof again."""
+    if Run(folder).recipe.exists() or Run(folder).checksums.exists():
+        if run is not None:
+            raise fail(f"{folder} is a run folder itself: leave out --run", 2)
+        verify_run(folder, as_json=as_json)
+        return
     from dessilbi.saving import open_compact
 
     opened = open_compact(None, folder)

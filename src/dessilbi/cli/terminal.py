@@ -50,28 +50,34 @@ def speaks() -> bool:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     if speaks():
-        typer.echo(f"warning: {message}", err=True)
+        typer.echo(f"warning: {_printable(str(message))}", err=True)
 
 
 def fail(error: object, code: int) -> typer.Exit:
     """Print an error and return the exit to raise."""
+    told = _printable(_sentence(error))
     if speaks():
-        told = _sentence(error) if isinstance(error, OSError) else error
         typer.echo(f"error: {told}", err=True)
     elif isinstance(error, OSError):  # all else is the same in every process
-        typer.echo(f"error in process {os.environ['RANK']}: {_sentence(error)}", err=True)
+        typer.echo(f"error in process {os.environ['RANK']}: {told}", err=True)
     return typer.Exit(code)
 
 
-def _sentence(error: OSError) -> str:
-    """One sentence for a failed file operation; our own OSErrors have one already."""
-    if error.errno is None or error.strerror is None:
-        return str(error)
+def _sentence(error: object) -> str:
+    """One sentence, with how to go on where the error carries it as a note."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
+        return "; ".join([str(error), *notes])
     where = f" {error.filename}" if error.filename else ""
-    return (
-        f"could not read or write{where}: {error.strerror}; what was already written is kept, "
-        f"name a place that works with --out and start again"
-    )
+    advice = notes or [
+        "what was already written is kept, name a place that works with --out and start again"
+    ]
+    return "; ".join([f"could not read or write{where}: {error.strerror}", *advice])
+
+
+def _printable(text: str) -> str:
+    """Keep what files and their names say from moving the cursor or breaking the line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:

@@ -9,6 +9,7 @@ import typer
 
 from dessilbi.cli.terminal import console, guarded
 from dessilbi.runs import free_path
+from dessilbi.sealing import sealed
 from dessilbi.storage import write_json
 from dessilbi.training.recipes import load_recipe
 
@@ -41,7 +42,8 @@ def _family(folder: FilePath) -> None:
     screen.print(path_table(summarise(run.folder)))
     trained = load_trained(run)
     outcomes = judge_tickets(trained, Path.load(run.folder), DENSITIES)
-    write_json(run.family, {"accuracy": trained.accuracy, "tickets": [asdict(o) for o in outcomes]})
+    told = {"accuracy": trained.accuracy, "tickets": [asdict(o) for o in outcomes]}
+    write_json(run.family, sealed(told))
     screen.print(outcome_table(outcomes, trained.accuracy, recipe.finetune.epochs))
     typer.echo(f"The run folder is {run.folder}; take a ticket with:")
     typer.echo(f"  dessilbi ticket {run.folder} --density 0.1\n")

@@ -17,7 +17,14 @@ from dessilbi.cli.terminal import (
     print_json,
     speaks,
 )
-from dessilbi.training.recipes import load_recipe, recipe_names, to_toml
+from dessilbi.runs import Run
+from dessilbi.training.recipes import (
+    RecipeError,
+    load_recipe,
+    recipe_names,
+    to_toml,
+    validate_recipe,
+)
 
 
 class DeviceName(StrEnum):
@@ -41,6 +48,13 @@ class Calibration(StrEnum):
 
     TRACK = "track"
     LATE = "late"
+
+
+class OnNanName(StrEnum):
+    """What is done where loss or gradient is not finite, as words of the command line."""
+
+    STOP = "stop"
+    SKIP = "skip"
 
 
 @guarded
@@ -73,6 +87,17 @@ def train(
     strategy: Annotated[
         StrategyName | None, typer.Option(help="How processes started by torchrun share the work.")
     ] = None,
+    on_nan: Annotated[
+        OnNanName | None,
+        typer.Option("--on-nan", help="Where loss or gradient is not finite: stop, or skip it."),
+    ] = None,
+    trust_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--trust-checkpoint",
+            help="Resume a run of fsdp2: its checkpoint can execute code. Your own folders only.",
+        ),
+    ] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also draw curves, into the run folder.")
     ] = False,
@@ -87,7 +112,10 @@ def train(
         *(assignments or ()),
         *(f"{key}={value}" for key, value in told.items() if value is not None),
     ]
+    if on_nan is not None and resume is None:
+        assignments.append(f"on_nan={on_nan.value}")
     chosen = _chosen(recipe, assignments, out, resume)
+    resume = resume or _restarted(chosen, out)
     from dessilbi.training import loop
     from dessilbi.training.progress import default_reporter
 
@@ -98,6 +126,8 @@ def train(
         "draw": tensorboard,
     }
     if resume is not None:
+        options |= {"on_nan": on_nan.value if on_nan else None}
+        options |= {"trust_checkpoint": trust_checkpoint}
         run = loop.resume(resume, device=device.value if device else None, **options)
     else:
         asked = device.value if device else "auto"
@@ -124,6 +154,29 @@ def _chosen(
     if assignments or out is not None:
         raise fail("--resume goes on with a run as it is: leave out --out and all settings", 2)
     return None
+
+
+def _restarted(recipe: Any, out: FilePath | None) -> FilePath | None:
+    """The run that processes had begun that torchrun has started again since; None: there is none.
+
+    Raises:
+        RecipeError: It cannot be known, or is the run of another recipe.
+    """
+    from dessilbi.training.engine import num_restarts
+
+    if not num_restarts():
+        return None
+    if out is None:
+        raise RecipeError(
+            "torchrun has started this again, and which run folder it had made is not known: "
+            "name one with --out, and it goes on by itself"
+        )
+    run = Run(out)
+    if not run.recipe.exists():
+        return None
+    if validate_recipe(run.read_recipe(), origin=str(run.recipe)) != recipe:
+        raise RecipeError(f"{out} is the run of another recipe: name another with --out")
+    return out
 
 
 recipes = typer.Typer(help="List the recipes, or show one in full.", invoke_without_command=True)

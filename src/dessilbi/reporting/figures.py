@@ -7,7 +7,7 @@ from typing import Any
 
 from dessilbi.reporting.summary import Summary
 from dessilbi.runs import Run
-from dessilbi.storage import read_json
+from dessilbi.sealing import read_sealed
 
 # Okabe and Ito's palette, safe for colour-blind eyes.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -46,7 +46,7 @@ def save_path_figure(summary: Summary, file: str | FilePath) -> None:
 
 def _family(summary: Summary) -> dict[str, Any] | None:
     file = Run(summary.folder).family
-    return read_json(file) if file.is_file() else None
+    return read_sealed(file) if file.is_file() else None
 
 
 def _finish(axes: Any, title: str, xlabel: str, ylabel: str) -> None:

@@ -6,34 +6,41 @@ SHA-256 of every file. Tensors are one safetensors file, or a distributed checkp
 model was sharded; that one is read with pickle, so only from folders one trusts.
 """
 
-import hashlib
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
-from dessilbi.runs import free_path
+from dessilbi.runs import TrainingError, free_path
+from dessilbi.sealing import sealed, unsealed
 from dessilbi.storage import (
     DamagedFileError,
     as_json,
+    check_unlinked,
     draft_folder,
     read_json,
+    sha256_of,
     sync_file,
     sync_folder,
     to_json,
+    told_by,
 )
+from dessilbi.tensorfiles import load_tensors, save_tensors
 from dessilbi.training.engine import Engine
 from dessilbi.training.state import Tensors, whole
 
 FORMAT = "dessilbi.checkpoint"
 VERSION = 1
 FACTS, RANKS, WHOLE, SHARDS = "checkpoint.json", "ranks.json", "state.safetensors", "shards"
+
+
+class UntrustedError(ValueError):
+    """A file can execute code when it is read, and nobody said that it may."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,13 @@ class Checkpoint:
         folder: Where it lies.
         facts: Step, position, logs and all else that is the same in every process.
         ranks: What each process had for itself.
+        trusted: Whether the user said that it may be read with pickle.
     """
 
     folder: FilePath
     facts: dict[str, Any]
     ranks: list[dict[str, Any]]
+    trusted: bool = False
 
     @property
     def step(self) -> int:
@@ -65,15 +74,24 @@ class Checkpoint:
             DamagedFileError: The file cannot be read.
         """
         if self.facts["listed"] is None:
-            return _load_whole(self.folder / WHOLE)
+            return load_tensors(self.folder / WHOLE)
+        assert self.trusted  # or newest() would have refused it
         import torch.distributed as dist
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.state_dict_loader import load
 
         tensors = templates(self.facts["listed"])
         alone = not (dist.is_available() and dist.is_initialized())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # meant so
-            load(tensors, checkpoint_id=self.folder / SHARDS, no_dist=alone)
+            try:
+                load(tensors, checkpoint_id=self.folder / SHARDS, no_dist=alone)
+            except CheckpointException as error:  # not an Exception, but a BaseException
+                causes = [cause for cause, *_ in error.failures.values()]
+                reason = told_by(causes[0] if causes else error)
+                raise DamagedFileError(
+                    f"{self.folder / SHARDS} cannot be read ({reason})"
+                ) from None
         return tensors
 
 
@@ -122,33 +140,48 @@ class Checkpoints:
                 shutil.rmtree(draft, ignore_errors=True)
             raise
 
-    def newest(self, fits: Callable[[Checkpoint], None]) -> Checkpoint | None:
+    def newest(
+        self, fits: Callable[[Checkpoint], None], *, trusted: bool = False
+    ) -> Checkpoint | None:
         """Return the newest checkpoint that is whole, or None if the run has none at all.
 
         Only the first process may call this. One that cannot be used is renamed and warned about.
 
         Args:
             fits: Raises DamagedFileError where the run no longer has what the checkpoint needs.
+            trusted: Whether the user allows one that is read with pickle.
 
         Raises:
             DamagedFileError: There are checkpoints, but none can be used.
+            UntrustedError: It is read with pickle, and the user did not allow that.
         """
         for folder in reversed(self._folders()):
             try:
-                checkpoint = _verified(folder)
+                checkpoint = verified(folder)
                 fits(checkpoint)
-                return checkpoint
             except DamagedFileError as error:
                 # Out of the way, because the run will come to this step again.
                 aside = free_path(folder.parent, f"aside-{folder.name}")
                 folder.rename(aside)
                 warnings.warn(f"{error}; {folder.name} is kept as {aside.name}", stacklevel=2)
+                continue
+            if checkpoint.facts["listed"] is not None and not trusted:
+                raise UntrustedError(
+                    f"the checkpoint {folder} was saved with --strategy fsdp2, and reading it can "
+                    f"execute code that it contains: if you trust this folder, say "
+                    f"--trust-checkpoint"
+                )
+            return replace(checkpoint, trusted=trusted)
         if any(self.folder.glob("aside-*")):
             raise DamagedFileError(
                 f"no checkpoint in {self.folder} can be used: restore one from a copy, or train "
                 f"again into another folder"
             )
         return None
+
+    def latest(self) -> FilePath | None:
+        """Return the folder of the latest checkpoint, unread."""
+        return max(self._folders(), default=None)
 
     def sweep(self) -> None:
         """Remove what killed processes left unfinished. Only for the process with the lock."""
@@ -177,11 +210,10 @@ class Checkpoints:
         ranks: list[dict[str, Any]],
     ) -> None:
         if facts["listed"] is None:
-            safetensors.torch.save_file(whole(tensors), draft / WHOLE)
+            save_tensors(whole(tensors), draft / WHOLE)
         (draft / RANKS).write_text(to_json({"ranks": ranks}))
-        files = {str(f.relative_to(draft)): _digest(f) for f in _files(draft)}
-        facts = {**facts, "files": files}
-        (draft / FACTS).write_bytes(as_json({**facts, "checksum": _checksum(facts)}))
+        files = {str(f.relative_to(draft)): sha256_of(f) for f in _files(draft)}
+        (draft / FACTS).write_bytes(as_json(sealed({**facts, "files": files})))
         for file in (draft / WHOLE, draft / RANKS, draft / FACTS):
             if file.exists():
                 sync_file(file)
@@ -204,23 +236,33 @@ class Checkpoints:
 
 def _score(folder: FilePath) -> float | None:
     try:
-        score: float | None = read_json(folder / FACTS).get("score")
+        score = read_json(folder / FACTS).get("score")
     except (DamagedFileError, FileNotFoundError):  # found out when it is to be used
         return None
-    return score
+    return score if isinstance(score, float) else None
 
 
-def _verified(folder: FilePath) -> Checkpoint:
+def verified(folder: FilePath) -> Checkpoint:
+    """Read a checkpoint, tensors left out, and compare all of its files with their checksums.
+
+    Raises:
+        DamagedFileError: They do not match, or it is of another release.
+    """
     damaged = DamagedFileError(f"the checkpoint {folder} is damaged (its checksums do not match)")
     try:
-        facts = read_json(folder / FACTS)
-        told = facts.pop("checksum", None)
-        found = {str(f.relative_to(folder)): _digest(f) for f in _files(folder) if f.name != FACTS}
-        if told != _checksum(facts) or facts["format"] != FORMAT or facts["files"] != found:
+        check_unlinked(folder)
+        facts = unsealed(read_json(folder / FACTS))
+        found = {
+            str(f.relative_to(folder)): sha256_of(f) for f in _files(folder) if f.name != FACTS
+        }
+        if facts is None or facts["format"] != FORMAT or facts["files"] != found:
             raise damaged
         if facts["version"] == VERSION:
-            return Checkpoint(folder, facts, read_json(folder / RANKS)["ranks"])
-    except (DamagedFileError, FileNotFoundError):
+            ranks = read_json(folder / RANKS)["ranks"]
+            if not (_fits(facts) and isinstance(ranks, list) and ranks):
+                raise damaged
+            return Checkpoint(folder, facts, ranks)
+    except (DamagedFileError, FileNotFoundError, KeyError):
         raise damaged from None
     raise DamagedFileError(
         f"the checkpoint {folder} has format version {facts['version']}, and this release reads "
@@ -228,24 +270,38 @@ def _verified(folder: FilePath) -> Checkpoint:
     )
 
 
-def _load_whole(file: FilePath) -> dict[str, Tensor]:
+@contextmanager
+def usable(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """Say in one sentence that a checkpoint, though whole, cannot be put to use.
+
+    Raises:
+        DamagedFileError: Of whatever a block raises on what the checkpoint holds.
+    """
     try:
-        return safetensors.torch.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise DamagedFileError(f"{file} cannot be read ({error})") from None
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        if checkpoint is None or isinstance(e, DamagedFileError | TrainingError):
+            raise
+        raise DamagedFileError(
+            f"the checkpoint {checkpoint.folder} cannot be used ({told_by(e)}): it is of another "
+            f"run or release, or was changed"
+        ) from None
+
+
+def _fits(facts: Mapping[str, Any]) -> bool:
+    """Whether what is read before the run goes on is of the right kind."""
+    tables = ("position", "path", "logs", "engine")
+    step, listed = facts["step"], facts["listed"]
+    return (
+        type(step) is int
+        and 0 <= step < 1 << 62
+        and (listed is None or isinstance(listed, dict))
+        and all(isinstance(facts[name], dict) for name in tables)
+    )
 
 
 def _files(folder: FilePath) -> list[FilePath]:
     return sorted(f for f in folder.rglob("*") if f.is_file())
-
-
-def _digest(file: FilePath) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _checksum(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(to_json(facts).encode()).hexdigest()
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -203,6 +203,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
+def num_restarts() -> int:
+    """Return how often torchrun has started this group of processes again; 0 without it."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if "RANK" in os.environ else 0
+
+
 def _device(asked: str, here: int) -> str:
     if asked not in DEVICES:
         raise ValueError(f"device={asked!r} is not known: use one of {', '.join(DEVICES)}")

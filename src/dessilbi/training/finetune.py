@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 
-import safetensors.torch
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from dessilbi.path import Order, Path
 from dessilbi.runs import Run
+from dessilbi.sealing import check_sealed
+from dessilbi.tensorfiles import load_tensors
 from dessilbi.ticket import Ticket
 from dessilbi.training.data import Data
 from dessilbi.training.environment import flushed_denormals
@@ -56,9 +57,10 @@ def load_trained(run: Run, *, data_root: str | None = None) -> Trained:
         )
     data = data_of(recipe, root=data_root)
     model = model_of(recipe, data)
+    check_sealed(run.model)
     try:
-        model.load_state_dict(safetensors.torch.load_file(run.model))
-    except (safetensors.SafetensorError, RuntimeError) as error:
+        model.load_state_dict(load_tensors(run.model))
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{run.model} does not hold this recipe's weights ({reason})") from None
     return Trained(recipe, data, model, accuracy(model, data.test))

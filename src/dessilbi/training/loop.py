@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from dessilbi.runs import Run, TrainingError
-from dessilbi.storage import read_json
+from dessilbi.sealing import close_seal
 from dessilbi.training.checkpoints import Checkpoint
 from dessilbi.training.engine import Engine, Strategy, engine_for, num_processes
 from dessilbi.training.environment import flushed_denormals
+from dessilbi.training.guards import OnNan, explained
 from dessilbi.training.objective import loss_of
 from dessilbi.training.opening import compare, new_run, owned, watching_of
 from dessilbi.training.progress import Reporter, Silent
@@ -44,6 +45,7 @@ def step(session: Session, inputs: Tensor, targets: Tensor) -> None:
     """Take one optimizer step on one batch, in as many pieces as the recipe says."""
     setting, engine, totals = session.setting, session.engine, session.totals
     recipe, module = setting.recipe, setting.module
+    session.guard.begin()
     setting.stepper.zero_grad()
     parts = inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate)
     left = len(parts[0])
@@ -53,8 +55,10 @@ def step(session: Session, inputs: Tensor, targets: Tensor) -> None:
             outputs = module(given)
             loss = loss_of(outputs, wanted)
             totals.add(loss, outputs, wanted)
-            session.check_loss()
+            session.guard.check_loss()
             engine.backward(loss * (len(wanted) / len(targets)))
+    if not session.guard.passes():
+        return
     if recipe.clip_norm is not None:
         engine.clip(module, setting.stepper, recipe.clip_norm)
     setting.stepper.step()
@@ -90,11 +94,14 @@ def train(
         FileExistsError: ``out`` holds files.
         TrainingError: The loss is not finite.
         OSError: The disk is full or not writable; what was written stays.
+
+    A :class:`TrainingError` also says that memory ran out, or that another process has died.
     """
     if draw:
         check_tensorboard()
     with engine_for(recipe.precision, device=device, strategy=strategy) as engine:
-        setting = prepare(recipe, engine, data_root=data_root, download=download)
+        with explained(recipe, engine):
+            setting = prepare(recipe, engine, data_root=data_root, download=download)
         run = engine.on_first(lambda: new_run(setting, out, data_root))
         with owned(run, engine):
             watching = watching_of(run, engine, reporter, trackers, draw=draw, step=0)
@@ -111,21 +118,36 @@ def resume(
     strategy: Strategy | None = None,
     trackers: Sequence[Tracker] = (),
     draw: bool = False,
+    on_nan: OnNan | None = None,
+    trust_checkpoint: bool = False,
 ) -> Run:
     """Go on with a run from its newest checkpoint, or from its beginning if it has none.
 
     On the same machine the outcome is the same to the bit as if it had never been cut. Arguments
-    are those of :func:`train`; data and device are by default those of the run.
+    are those of :func:`train`; the device is by default that of the run. ``data_root`` must be
+    given again where the data are files: nothing outside of a run folder is read on its word.
+
+    Args:
+        folder: The run folder.
+        data_root: See :func:`train`.
+        reporter: See :func:`train`.
+        device: See :func:`train`.
+        strategy: See :func:`train`.
+        trackers: See :func:`train`.
+        draw: See :func:`train`.
+        on_nan: From here on do this where loss or gradient is not finite: "stop" or "skip".
+        trust_checkpoint: Allow a checkpoint of strategy "fsdp2", which is read with pickle and can
+            execute code: only for folders of your own.
 
     Raises:
         FileNotFoundError: The folder is no run folder.
-        ValueError: A file of it is damaged.
+        ValueError: A file of it is damaged, or its checkpoint needs to be trusted.
         BusyError: Another process works on it.
         TrainingError, OSError: As :func:`train`.
     """
     run = Run(FilePath(folder))
     recipe = validate_recipe(run.read_recipe(), origin=str(run.recipe))
-    before = read_json(run.environment)
+    before = run.read_environment()
     if draw:
         check_tensorboard()
     reporter, trained_on = reporter or Silent(), before.get("engine", {})
@@ -141,33 +163,44 @@ def resume(
     ):
         if engine.on_first(lambda: _is_finished(run)):  # while we waited for the lock
             return run
-        setting = prepare(recipe, engine, data_root=data_root or before.get("data"))
-        checkpoint = engine.on_first(lambda: find_checkpoint(run, engine))
+        with explained(recipe, engine):
+            setting = prepare(recipe, engine, data_root=data_root)
+        checkpoint = engine.on_first(lambda: find_checkpoint(run, engine, trusted=trust_checkpoint))
         start = checkpoint.step if checkpoint else 0
         watching = watching_of(run, engine, reporter, trackers, draw=draw, step=start)
         watching.reporter.say(f"resuming {run.folder} after step {start}")
         if checkpoint is not None and engine.first:
             compare(checkpoint.facts["engine"], setting.facts)
-        _go(setting, engine, watching, checkpoint)
+        _go(setting, engine, watching, checkpoint, on_nan)
     return run
 
 
 def _go(
-    setting: Setting, engine: Engine, watching: Watching, checkpoint: Checkpoint | None
+    setting: Setting,
+    engine: Engine,
+    watching: Watching,
+    checkpoint: Checkpoint | None,
+    on_nan: OnNan | None = None,
 ) -> None:
     """Train, and write down how it ended; a signal that ended it is passed on at last."""
     recipe, run, status = setting.recipe, watching.run, "running"
     with stoppable() as stop:
         try:
             _set_status(run, engine, status)
-            with flushed_denormals(), seeded((recipe.seed, engine.rank), engine.device):
-                session = Session(setting, engine, watching, checkpoint)
+            with (
+                explained(recipe, engine),
+                flushed_denormals(),
+                seeded((recipe.seed, engine.rank), engine.device),
+            ):
+                session = Session(setting, engine, watching, checkpoint, on_nan)
                 title = f"{recipe.name}: {recipe.epochs} epochs, {setting.total_steps:,} steps"
                 done = session.position.step
                 watching.reporter.start(f"{title} -> {run.folder}", setting.total_steps, done)
                 watching.reporter.say(setting.steering.describe())
                 finished = fit(session, stop)
                 facts = session.finish() if finished else {"step": session.position.step}
+                if finished and engine.first:
+                    close_seal(run.folder, run.final_files)
             status = "finished" if finished else "interrupted"
             _set_status(run, engine, status, **facts)
             if not finished:
@@ -177,6 +210,10 @@ def _go(
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(OSError):
                 _set_status(run, engine, status, reason=str(error))
+            if isinstance(error, OSError | ValueError):
+                error.add_note(
+                    f"what was saved is kept, go on with: dessilbi train --resume {run.folder}"
+                )
             raise
         finally:
             watching.close(status)

@@ -10,6 +10,7 @@ from typing import Any
 import safetensors.torch
 
 from dessilbi.runs import Run, create_run, locked, status_of
+from dessilbi.sealing import seal_of
 from dessilbi.storage import as_json
 from dessilbi.training.engine import Engine
 from dessilbi.training.environment import environment
@@ -34,8 +35,9 @@ def new_run(setting: Setting, out: str | FilePath | None, data_root: str | FileP
         names.recipe.name: as_json(setting.recipe.model_dump()),
         names.environment.name: as_json(facts),
         names.init.name: safetensors.torch.save(initial),
-        names.status.name: as_json(status_of("running")),
     }
+    files[names.checksums.name] = seal_of(files).content()
+    files[names.status.name] = as_json(status_of("running"))
     return create_run(place, files, or_next=out is None)
 
 

@@ -3,10 +3,10 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +26,30 @@ class Position:
         batch: Steps done in the present one.
         step: Steps done in all.
         seconds: Spent on them, over all sessions.
+        skipped: Steps of the present epoch that were passed over, see ``guards``.
+        skipped_in_a_row: ... up to now without one that was taken.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+def position_of(told: Mapping[str, Any]) -> Position:
+    """Return a position from plain values.
+
+    Raises:
+        ValueError: They are not one.
+    """
+    found = Position(**told)
+    whole = (found.epoch, found.batch, found.step, found.skipped, found.skipped_in_a_row)
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in whole):
+        raise ValueError(f"{whole} is not a position")
+    found.seconds = float(found.seconds)
+    return found
 
 
 class Totals:
@@ -75,9 +93,15 @@ class Totals:
         """Return the sums as numbers; an accelerator is waited for."""
         return [float(value) for value in self._sums]
 
-    def set(self, sums: list[float], loss: float) -> None:
-        """Go on from what :meth:`read` and :attr:`loss` were."""
-        self._sums, self.latest = list(sums), loss
+    def sums(self) -> list[float | Tensor]:
+        """Return a copy of the sums where they are, for :meth:`set`."""
+        return [s.clone() if isinstance(s, Tensor) else s for s in self._sums]
+
+    def set(self, sums: Sequence[float | Tensor], loss: float) -> None:
+        """Go on from what :meth:`read` or :meth:`sums`, and :attr:`loss`, were."""
+        if len(sums) != 3:
+            raise ValueError(f"{len(sums)} sums are not those of loss, right answers and answers")
+        self._sums, self.latest = list(sums), float(loss)
 
     @property
     def finite(self) -> bool:

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from dessilbi.storage import told_by
 from dessilbi.training.values import (
     Density,
     NonNegative,
@@ -31,6 +32,7 @@ from dessilbi.training.values import (
 )
 
 SUFFIX = ".toml"
+LARGEST = 1 << 20  # bytes of a TOML file
 DEFAULT_NU = 100.0  # DessiLBI's own
 AUTO_R = 10.0
 RAMP = ((0.0, 0.0), (0.3, 1.0))  # scheduling.RAMP; this file is read before torch is loaded
@@ -155,6 +157,8 @@ class Recipe(_Part):
         ``structure``: glob of parameter names -> structure or table of group options, see
         param_groups. ``coupled``: filters that meet in a sum live or die together.
         ``moving``: schedules of 1/nu, lambda and kappa.
+        ``on_nan``: what is done where loss or gradient is not finite: the run stops, or the step
+        is passed over.
     How much is to be left:
         ``density``: the wanted share of kept elements, or one for each glob of names; lambda is
         found, and ``lam`` says ratios only. ``calibrate``: "track" or "late", ``freeze``: share of
@@ -175,9 +179,9 @@ class Recipe(_Part):
     data: str
     normalise: bool = True
     augment: bool = True
-    image_size: Annotated[int, Field(ge=8)] | None = None
-    length: Annotated[int, Field(ge=1)] | None = None
-    epochs: Annotated[int, Field(ge=1)]
+    image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
+    length: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)]
     batch_size: Annotated[int, Field(ge=1)]
     accumulate: Annotated[int, Field(ge=1)] = 1
     clip_norm: Positive | None = None
@@ -187,6 +191,7 @@ class Recipe(_Part):
     judged: Annotated[int, Field(ge=1)] | None = None
     checkpoint_every: Positive = 1.0
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    on_nan: Literal["stop", "skip"] = "stop"
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     compile: bool = False
     workers: Annotated[int, Field(ge=0)] = 2
@@ -282,7 +287,7 @@ def validate_recipe(values: dict[str, Any], *, origin: str) -> Recipe:
         first = max(alike, key=lambda e: len(e["loc"]))
         # Where several kinds of values are allowed, pydantic names the kind as if it were a field.
         kinds = re.compile(r"constrained-|dict\[|literal\[")
-        field = ".".join(part for part in map(str, first["loc"]) if not kinds.match(part))
+        field = told_by(".".join(p for p in map(str, first["loc"]) if not kinds.match(p)))
         if first["type"] == "extra_forbidden":
             raise RecipeError(
                 f"recipe {origin}: {field} is not a field; {_fields_of(field)}"
@@ -292,7 +297,7 @@ def validate_recipe(values: dict[str, Any], *, origin: str) -> Recipe:
         message = first["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
         raise RecipeError(
-            f"recipe {origin}: {field}={first['input']!r} is not allowed: {message}"
+            f"recipe {origin}: {field}={told_by(repr(first['input']))} is not allowed: {message}"
         ) from None
 
 
@@ -300,7 +305,8 @@ def _fields_of(field: str) -> str:
     part: type[BaseModel] = Recipe
     where = "a recipe"
     for step in field.split(".")[:-1]:
-        annotation = part.model_fields[step].annotation
+        known = part.model_fields.get(step)  # the keys of a table may have dots of their own
+        annotation = known.annotation if known else None
         inner = next((t for t in (annotation, *get_args(annotation)) if _is_part(t)), None)
         if inner is None:
             break
@@ -357,6 +363,8 @@ def _read(name: str) -> dict[str, Any]:
         path = Path(name)
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {name}; name one that exists")
+        if path.stat().st_size > LARGEST:
+            raise RecipeError(f"{name} has more than {LARGEST >> 20} MiB: it is no recipe")
         return _parse(path.read_text(encoding="utf-8", errors="replace"), name)
     if name not in recipe_names():
         known = ", ".join(recipe_names())
@@ -367,8 +375,8 @@ def _read(name: str) -> dict[str, Any]:
 def _parse(text: str, origin: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RecipeError(f"recipe {origin} is not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"recipe {origin} is not TOML: {told_by(str(error))}") from None
 
 
 def _assign(values: dict[str, Any], assignment: str) -> None:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path as FilePath
 from typing import Any
 
 import safetensors.torch
@@ -18,13 +19,23 @@ from torch import Tensor
 from dessilbi.history import History
 from dessilbi.monitors import coupling_gap
 from dessilbi.path import Path
-from dessilbi.runs import Run, TrainingError
+from dessilbi.runs import Run
 from dessilbi.scores import save_scores
-from dessilbi.storage import cut_back, length_of, sweep, write_atomic
-from dessilbi.training.checkpoints import Checkpoint, Checkpoints
+from dessilbi.sealing import reopen_seal
+from dessilbi.storage import (
+    DamagedFileError,
+    check_begins,
+    check_unlinked,
+    cut_back,
+    length_of,
+    sweep,
+    write_atomic,
+)
+from dessilbi.training.checkpoints import Checkpoint, Checkpoints, usable
 from dessilbi.training.engine import Engine
+from dessilbi.training.guards import Guard, OnNan
 from dessilbi.training.judging import Judge
-from dessilbi.training.position import Clock, Position, Totals
+from dessilbi.training.position import Clock, Position, Totals, position_of
 from dessilbi.training.randomness import random_states, set_random_states
 from dessilbi.training.setting import Setting
 from dessilbi.training.state import restore, templates, tensors_of, whole
@@ -42,6 +53,7 @@ class Session:
         engine: Where it computes.
         watching: Who hears of it, and the run folder.
         checkpoint: Where to go on from; None: the beginning.
+        on_nan: In place of what the checkpoint or the recipe says; kept in checkpoints from now on.
     """
 
     def __init__(
@@ -50,35 +62,57 @@ class Session:
         engine: Engine,
         watching: Watching,
         checkpoint: Checkpoint | None,
+        on_nan: OnNan | None = None,
     ):
         recipe, run = setting.recipe, watching.run
         self.setting, self.engine, self.run, self.watching = setting, engine, run, watching
         self.judge = Judge(setting, engine)
         self.checkpoints = Checkpoints(run.checkpoints, engine, keep=recipe.keep_checkpoints)
         self.clock, self.totals, self.position = Clock(), Totals(engine.device), Position()
-        if checkpoint is not None and "steering" in checkpoint.facts:  # else of an older version
-            setting.steering.load_state_dict(checkpoint.facts["steering"])
-        self.path = Path(
-            setting.optimizer,
-            every=self.judge.every,
-            total_time=setting.total_time,
-            file=run.path if engine.first else None,
-            resume=checkpoint.facts["path"] if checkpoint else None,
-        )
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        self.on_nan: OnNan = on_nan or _said(checkpoint) or recipe.on_nan
+        with usable(checkpoint):
+            if (
+                checkpoint is not None and "steering" in checkpoint.facts
+            ):  # else of an older version
+                setting.steering.load_state_dict(checkpoint.facts["steering"])
+            self.path = Path(
+                setting.optimizer,
+                every=self.judge.every,
+                total_time=setting.total_time,
+                file=run.path if engine.first else None,
+                resume=checkpoint.facts["path"] if checkpoint else None,
+            )
+            if checkpoint is not None:
+                self._restore(checkpoint)
+            self._seen = int(checkpoint.facts["seen"]) if checkpoint else 0  # latest point told of
         self._told: dict[str, float] = {}
-        self._seen: int = checkpoint.facts["seen"] if checkpoint else 0  # the latest point told of
         self._began = time.monotonic() - self.position.seconds
         self._save_every = max(1, round(recipe.checkpoint_every * setting.steps_per_epoch))
-        # One process on a CPU sees every loss at no cost, before it does harm.
-        self.watchful = engine.world_size == 1 and engine.device.type == "cpu"
+        self.guard = Guard(
+            setting,
+            engine,
+            self.totals,
+            self.position,
+            run=run,
+            checkpoints=self.checkpoints,
+            on_nan=self.on_nan,
+        )
+
+    @property
+    def _samples(self) -> list[int]:
+        data = self.setting.data
+        return [len(data.train), len(data.validation), len(data.test)]
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        if (before := checkpoint.facts.get("samples", self._samples)) != self._samples:
+            raise ValueError(
+                f"the data has {self._samples} samples to train, choose and test with, and had "
+                f"{before} when {checkpoint.folder} was saved: put back what it had"
+            )
         model, optimizer = self.setting.model, self.setting.optimizer
         tensors = checkpoint.tensors(lambda listed: templates(model, optimizer, listed))
         restore(model, optimizer, tensors)
-        self.position = Position(**checkpoint.facts["position"])
+        self.position = position_of(checkpoint.facts["position"])
         if self.engine.scaler is not None and checkpoint.facts["scaler"]:
             self.engine.scaler.load_state_dict(checkpoint.facts["scaler"])
         ranks = checkpoint.ranks
@@ -111,7 +145,7 @@ class Session:
         self.position.step += 1
         self.position.batch += 1
         to_save = self.position.step % self._save_every == 0
-        to_look = self.watchful or self.position.step % PATIENCE == 0
+        to_look = self.guard.watchful or self.position.step % PATIENCE == 0
         asked = (to_look or to_save or self._epoch_is_over) and self._look_around(stop)
         if not asked and self.settle():
             asked = self._look_around(stop)
@@ -137,24 +171,12 @@ class Session:
 
     def _look_around(self, stop: Stop) -> bool:
         """Agree with all processes on whether somebody asked to stop, and that losses are sound."""
-        asked, broken = self.engine.any(stop.asked, not (self.watchful or self.totals.finite))
+        asked, broken = self.engine.any(stop.asked, not (self.guard.watchful or self.totals.finite))
         if broken:
-            self._refuse()
+            self.guard.refuse(f"the loss is {self.totals.loss}")
         if asked:
             stop.tell()
         return asked
-
-    def check_loss(self) -> None:
-        """Refuse a loss that is not finite before it does harm, where it is known at once."""
-        if self.watchful and not math.isfinite(self.totals.loss):
-            self._refuse()
-
-    def _refuse(self) -> None:
-        raise TrainingError(
-            f"the loss is {self.totals.loss} at step {self.path.step + self.watchful}: "
-            f"lower optimizer.lr (now {self.setting.optimizer.param_groups[0]['lr']:.3g}) or raise "
-            f"optimizer.nu; the path up to step {self.path.step} is kept"
-        )
 
     def _at_point(self, *, final: bool = False) -> None:
         """Judge the point that was just recorded, if it is one to judge, and tell."""
@@ -189,11 +211,13 @@ class Session:
         place = {"epoch": position.epoch, "step": path.step}
         metrics = {
             "time": path.time,
-            "loss": loss / answers,
-            "train_accuracy": correct / answers,
+            "loss": loss / answers if answers else math.nan,
+            "train_accuracy": correct / answers if answers else math.nan,
             "val_accuracy": validation,
             "lr": float(self.setting.optimizer.param_groups[0]["lr"]),
         } | self.setting.steering.metrics()
+        if self.on_nan == "skip":
+            metrics["skipped"], position.skipped = position.skipped, 0
         times = {name: round(seconds, 4) for name, seconds in self.clock.lap().items()}
         self.watching.epoch(place | metrics, place | times)
         self.totals.clear()
@@ -202,6 +226,8 @@ class Session:
         """Write a checkpoint; what the logs hold by now belongs to it."""
         with self.clock.of("saving"):
             engine, setting = self.engine, self.setting
+            tensors = tensors_of(setting.model, setting.optimizer)
+            self.guard.check_state(tensors)
             self.position.seconds = time.monotonic() - self._began
             totals = {"sums": self.totals.read(), "loss": self.totals.loss}
             own = {"random": random_states(engine.device), "totals": totals}
@@ -214,12 +240,14 @@ class Session:
                 "seen": self._seen,
                 "engine": setting.facts,
                 "steering": setting.steering.state_dict(),
+                "on_nan": self.on_nan,
+                "samples": self._samples,
                 "scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
             }
             if engine.first:
                 facts["path"] = self.path.state_dict()
-                facts["logs"] = {log: length_of(self.run.folder / log) for log in _logs(self.run)}
-            self.checkpoints.save(tensors_of(setting.model, setting.optimizer), facts, ranks)
+                facts["logs"] = {log.name: length_of(log) for log in logs_of(self.run)}
+            self.checkpoints.save(tensors, facts, ranks)
 
     def finish(self) -> dict[str, float]:
         """Judge the end of the path, write the final files, and return the outcome."""
@@ -249,30 +277,60 @@ class Session:
         }
 
 
-def find_checkpoint(run: Run, engine: Engine) -> Checkpoint | None:
+def find_checkpoint(run: Run, engine: Engine, *, trusted: bool = False) -> Checkpoint | None:
     """Bring a run folder back to its newest checkpoint, or to its beginning, and return it.
 
     Only the process with the lock may call this: logs are cut back to where the checkpoint was
     saved, and what killed processes left half-written is removed.
 
+    Args:
+        run: The run.
+        engine: Where it computes.
+        trusted: Whether a checkpoint may be read with pickle.
+
     Raises:
-        DamagedFileError: There are checkpoints, but none can be used.
+        DamagedFileError: There are checkpoints, but none can be used, or the folder holds links.
+        UntrustedError: The checkpoint is read with pickle, and that is not allowed.
     """
 
     def fits(checkpoint: Checkpoint) -> None:
-        for log, length in checkpoint.facts["logs"].items():
-            cut_back(run.folder / log, length["bytes"], length["crc"])
-        History.resume(run.path, checkpoint.facts["path"]["file"])
+        check_logs(run, checkpoint)
+        for log in logs_of(run):
+            cut_back(log, checkpoint.facts["logs"][log.name]["bytes"])
+        cut_back(run.path, checkpoint.facts["path"]["file"]["bytes"])
 
+    check_unlinked(run.folder)
     store = Checkpoints(run.checkpoints, engine, keep=1)
     store.sweep()
-    sweep(run.folder, [f.name for f in (run.model, run.scores, run.status, run.metrics, run.path)])
-    checkpoint = store.newest(fits)
+    reopen_seal(run.folder)
+    sweep(run.folder, [f.name for f in (*run.final_files, run.status, run.checksums)])
+    checkpoint = store.newest(fits, trusted=trusted)
     if checkpoint is None:
         for file in (run.metrics, run.times, run.path):
             file.unlink(missing_ok=True)
     return checkpoint
 
 
-def _logs(run: Run) -> tuple[str, str]:
-    return run.metrics.name, run.times.name
+def _said(checkpoint: Checkpoint | None) -> OnNan | None:
+    said: OnNan | None = checkpoint.facts.get("on_nan") if checkpoint else None
+    return said
+
+
+def logs_of(run: Run) -> tuple[FilePath, FilePath]:
+    """Return the logs whose lengths a checkpoint keeps."""
+    return run.metrics, run.times
+
+
+def check_logs(run: Run, checkpoint: Checkpoint) -> None:
+    """Check that the logs hold what was written until a checkpoint was saved.
+
+    Raises:
+        DamagedFileError: They do not, or the checkpoint does not say it as it should.
+    """
+    try:
+        for log in logs_of(run):
+            length = checkpoint.facts["logs"][log.name]
+            check_begins(log, int(length["bytes"]), int(length["crc"]))
+        History.check_position(run.path, checkpoint.facts["path"]["file"])
+    except (KeyError, TypeError) as error:
+        raise DamagedFileError(f"the checkpoint {checkpoint.folder} lacks {error}") from None

@@ -22,6 +22,7 @@ from dessilbi.training.recipes import RecipeError
 __all__ = ["DATA_SETS", "TEXTS", "Data", "DataSet", "Split", "load_data", "read_text"]
 
 TEXTS = {"tinyshakespeare": "tinyshakespeare/input.txt"}
+MOST = 1_000_000  # samples that are made up
 FOLDERS = {"imagenet": ("imagenet", 1000)}  # folder and number of classes
 
 
@@ -117,7 +118,9 @@ def _load_generated(rest: str, wish: Wish) -> Data:
     name, _, told = rest.partition(":")
     if told and not (told.isdecimal() and int(told)):
         raise RecipeError(f"data={wish.name!r} does not end in a number of samples of 1 or more")
-    count = int(told or 500)
+    count = int(told or 500) if len(told) < 10 else MOST + 1
+    if count > MOST:
+        raise RecipeError(f"data={wish.name!r} asks for too many samples: give at most {MOST:,}")
     if name in TEXTS or name == "text":
         length = wish.length or DEFAULT_LENGTH
         return load_text(chatter(-(-(count * length + 2) * 10 // 9)), wish)

@@ -24,6 +24,24 @@ def folder_of(root: str | Path | None, *, name: str, listed: str) -> Path:
     return Path(root)
 
 
+def inside(root: Path, part: str, *, name: str) -> Path:
+    """Return a place in the data folder that a recipe names; it cannot lead out of it.
+
+    Args:
+        root: The data folder.
+        part: What the recipe says.
+        name: How error messages call the set.
+
+    Raises:
+        ValueError: It would.
+    """
+    if Path(part).is_absolute() or ".." in Path(part).parts or "\0" in part:
+        raise ValueError(
+            f"{name} leads out of the data folder: name a place inside the folder that --data gives"
+        )
+    return root / part
+
+
 def fetch(root: Path, folder: Path, *, name: str, dataset: str) -> None:
     """Download a set with torchvision.
 

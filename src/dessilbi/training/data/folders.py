@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dessilbi.training.data.fetching import folder_of
+from dessilbi.storage import told_by
+from dessilbi.training.data.fetching import folder_of, inside
 from dessilbi.training.data.parts import Data, Wish
 from dessilbi.training.feeding import Draw, Split
 
@@ -61,8 +62,10 @@ class _Decoded(Dataset[Any]):
         path, label = self._samples[index]
         try:
             image = pil_loader(path)
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
-            return _Damaged(path, " ".join(str(error).split()))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises many kinds for damaged and oversized images
+            return _Damaged(path, told_by(error))
         if seed is None:
             return self._plain(image), label
         with torch.random.fork_rng(devices=[]):
@@ -125,7 +128,8 @@ class ImageFiles:
         """Yield float32 (n, 3, size, size) images and int64 labels; see ``feeding.Source``.
 
         Raises:
-            ValueError: A file is no image.
+            ValueError: A file is no image, or is gone.
+            ChildProcessError: A worker died.
         """
         loader = DataLoader(
             self._decoded,
@@ -136,14 +140,34 @@ class ImageFiles:
             generator=torch.Generator(),  # else the loader draws from the global one
         )
         mean, std = (torch.tensor(m, device=device).reshape(-1, 1, 1) for m in self._moments)
-        for batch in loader:
+        for batch in _alive(loader):
             if isinstance(batch, _Damaged):
+                if not Path(batch.path).exists():
+                    raise ValueError(f"{batch.path} is not there any more: put it back")
                 raise ValueError(
                     f"{batch.path} cannot be read as an image ({batch.reason}): "
                     f"replace it or take it out of the folder"
                 )
             images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
             yield images.to(torch.float32).div_(255).sub_(mean).div_(std), labels
+
+
+def _alive(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """Pass batches on; say it in one sentence where a worker died.
+
+    Raises:
+        ChildProcessError: It did.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        detail = str(error).splitlines()[0].rstrip(". ")
+        raise ChildProcessError(
+            f"a process that decodes images died ({detail}), often because memory ran out: set "
+            f"workers=0 or fewer, or close other programs"
+        ) from None
 
 
 def load_folder(folder: str, wish: Wish) -> Data:
@@ -158,10 +182,8 @@ def load_folder(folder: str, wish: Wish) -> Data:
         ImportError: torchvision is not installed.
     """
     wish.refuse("length", "which is no text")
-    place = (
-        folder_of(wish.root, name=wish.name, listed="train/CLASS/*.jpg and val/CLASS/*.jpg")
-        / folder
-    )
+    root = folder_of(wish.root, name=wish.name, listed="train/CLASS/*.jpg and val/CLASS/*.jpg")
+    place = inside(root, folder, name=wish.name)
     test = next((place / part for part in ("test", "val") if (place / part).is_dir()), None)
     if test is None or not (place / "train").is_dir():
         missing = " and ".join(

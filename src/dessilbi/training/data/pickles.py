@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dessilbi.storage import told_by
+
 
 class _Name:
     """The class of an array: a name to be passed on, which can neither be called nor changed."""
@@ -96,6 +98,6 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
 
 def _refused(path: Path, reason: str) -> ValueError:
     return ValueError(
-        f"{path} is not a pickle of plain values and bytes ({' '.join(reason.split())}): "
+        f"{path} is not a pickle of plain values and bytes ({told_by(reason)}): "
         f"delete it and fetch the original again"
     )

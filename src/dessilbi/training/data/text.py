@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dessilbi.training.data.fetching import folder_of
+from dessilbi.training.data.fetching import folder_of, inside
 from dessilbi.training.data.parts import Data, Wish
 from dessilbi.training.feeding import Draw, OnDevice, Split
 from dessilbi.training.recipes import RecipeError
@@ -52,15 +52,15 @@ def read_text(root: str | Path | None, file: str, *, name: str) -> str:
     """Return the text in ``file`` of the data folder.
 
     Args:
-        root: The data folder; ``file`` may also be absolute.
-        file: UTF-8.
+        root: The data folder.
+        file: UTF-8; a place in it.
         name: How error messages call the set.
 
     Raises:
-        ValueError: ``root`` is None, or the file is not UTF-8.
+        ValueError: ``root`` is None, ``file`` leads out of it, or is not UTF-8.
         FileNotFoundError: It is not there.
     """
-    path = folder_of(root, name=name, listed=file) / file
+    path = inside(folder_of(root, name=name, listed=file), file, name=name)
     if not path.is_file():
         raise FileNotFoundError(f"{name} needs the text file {path}: put it there")
     try:
