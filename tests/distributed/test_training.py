@@ -146,12 +146,7 @@ def test_two_ranks_equal_one_process(tmp_path, alone, strategy, piece, monkeypat
     assert_same_run(run, alone)
 
 
-STEERED = (
-    "density=0.4",
-    "optimizer.R=6",
-    "optimizer.nu=auto",
-    "moving.coupling=[[0, 0], [0.3, 1]]",
-)
+STEERED = ("density=0.4", "optimizer.nu=auto", "optimizer.R=4")
 
 
 def steered(folder, strategy=None, calibrate="track"):

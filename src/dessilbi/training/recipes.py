@@ -52,12 +52,11 @@ class OptimizerRecipe(_Part):
     ``R`` = T/nu may be given instead of ``nu``: T is kappa times the sum of the learning rate over
     the whole schedule, so that ``nu`` follows the number of epochs. ``nu = "auto"`` is R = 10, or
     the R that is given, with 1/nu ramped up over the first 30 % of the path unless ``moving`` says
-    otherwise.
-    With ``base = "adamw"`` AdamW moves the weights, with ``lr`` and ``weight_decay``; momentum,
-    dampening and nesterov do not apply. ``lam_filter`` is the ``lam`` of whole filters, which have
-    larger norms than single weights, and of units; without it theirs is ``lam``. A rule of the
-    structure goes before both. ``fused``: as in DessiLBI and wrap; true builds the fused kernel if
-    it is not there.
+    otherwise. With ``base = "adamw"`` AdamW moves the weights, with ``lr`` and ``weight_decay``;
+    momentum, dampening and nesterov do not apply. ``lam_filter`` is the ``lam`` of whole filters,
+    which have larger norms than single weights, and of units; without it theirs is ``lam``. A rule
+    of the structure goes before both. ``fused``: as in DessiLBI and wrap; true builds the fused
+    kernel if it is not there.
     """
 
     base: Literal["sgd", "adamw"] = "sgd"
