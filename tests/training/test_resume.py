@@ -319,6 +319,7 @@ def test_what_a_killed_process_left_half_written_is_swept(tmp_path):
     assert not any(file.exists() for file in left)
 
 
+@pytest.mark.filterwarnings("ignore:many units are dead")
 def test_a_loss_that_is_not_finite_is_met_again(tmp_path):
     run = Run(tmp_path / "run")
     more = ("optimizer.lr=1e9", "precision=float32")

@@ -29,6 +29,7 @@ from dessilbi.training.schedules import multiplier
 WARM = 0.1  # the run is looked at when this share of its steps and of its path time is over
 SAMPLES = 256
 STUCK, ALIKE = 1 / 3, 0.99  # a loss that is still alike after this share of the epochs is stuck
+FEW = 30  # steps; so short a run need not learn anything
 
 
 class Steering:
@@ -109,7 +110,8 @@ class Steering:
         if epoch == 1:
             self._first_loss = loss
         elif epoch >= max(3, STUCK * self.recipe.epochs) and self._first_loss is not None:
-            if loss > ALIKE * self._first_loss and first:
+            long = self.clock.num_steps >= FEW
+            if long and first and loss > ALIKE * self._first_loss:
                 warnings.warn(
                     f"the loss has not fallen: {self._first_loss:.4g} in the first epoch, "
                     f"{loss:.4g} in epoch {epoch}; the coupling may pull the weights to zero "
