@@ -207,11 +207,12 @@ class Session:
             validation = self.judge.validation(path.step)
         loss, correct, answers = self.engine.totals(self.totals.read())
         position.epoch, position.batch = position.epoch + 1, 0
-        self.setting.steering.hear(position.epoch, loss / answers, first=self.engine.first)
+        mean = loss / answers if answers else math.nan  # every step was passed over
+        self.setting.steering.hear(position.epoch, mean, first=self.engine.first)
         place = {"epoch": position.epoch, "step": path.step}
         metrics = {
             "time": path.time,
-            "loss": loss / answers if answers else math.nan,
+            "loss": mean,
             "train_accuracy": correct / answers if answers else math.nan,
             "val_accuracy": validation,
             "lr": float(self.setting.optimizer.param_groups[0]["lr"]),
