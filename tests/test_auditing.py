@@ -117,6 +117,13 @@ def test_what_was_made_from_a_run_is_checked_as_well(run):
     assert states(run)["tickets/density-0.3.safetensors"] == "damaged"
 
 
+def test_a_run_inside_of_a_run_is_checked_as_well(run):
+    inner = Run(shutil.copytree(shared_run().folder, run.folder / "retrained" / "ticket"))
+    assert states(run)["retrained/ticket/model.safetensors"] == "good"
+    flip(inner.model)
+    assert states(run)["retrained/ticket/model.safetensors"] == "damaged"
+
+
 def test_a_run_of_an_older_release_is_said_to_have_no_checksums(tmp_path):
     run = own_copy(tmp_path)
     found = states(run)

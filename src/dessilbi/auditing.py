@@ -5,7 +5,7 @@ Safe beside a process that trains: logs only grow, and all else appears whole.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Literal
@@ -51,9 +51,23 @@ def audit(folder: str | FilePath) -> list[Finding]:
         run.read_recipe()
     found = {finding.file: finding for finding in _all(run)}
     for place in sorted(run.folder.iterdir()):
-        if place.name not in found and place != run.lock and not _is_listed(place, run):
+        if place.name in found or place == run.lock or _is_listed(place, run):
+            continue
+        inner = _inner_runs(place)
+        if not inner:
             found[place.name] = _extra(place)
+        for other in inner:
+            name = str(other.relative_to(run.folder))
+            found |= {f"{name}/{f.file}": replace(f, file=f"{name}/{f.file}") for f in audit(other)}
     return list(found.values())
+
+
+def _inner_runs(place: FilePath) -> list[FilePath]:
+    """Run folders in a folder: what was trained from the tickets of a run."""
+    if place.is_symlink() or not place.is_dir():
+        return []
+    inside = sorted(f for f in place.iterdir() if f.is_dir() and not f.is_symlink())
+    return [f for f in inside if Run(f).recipe.exists() or Run(f).checksums.exists()]
 
 
 def _is_listed(place: FilePath, run: Run) -> bool:

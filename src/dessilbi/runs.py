@@ -14,6 +14,7 @@ from dessilbi.sealing import NAME as CHECKSUMS
 from dessilbi.sealing import check_sealed, read_sealed, sealed
 from dessilbi.storage import (
     DamagedFileError,
+    check_plain,
     draft_folder,
     read_json,
     sync_folder,
@@ -253,8 +254,10 @@ def locked(run: Run) -> Iterator[None]:
 
     Raises:
         BusyError: Another process holds the lock.
+        DamagedFileError: The file of the lock is a link.
         OSError: The folder cannot be written.
     """
+    check_plain(run.lock)
     with run.lock.open("ab") as file:
         try:
             _lock(file)

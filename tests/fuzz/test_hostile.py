@@ -307,6 +307,16 @@ def test_a_link_in_a_run_folder_is_never_followed(tmp_path, name):
         assert [f for f in audit(run.folder) if f.state in FAULTS]
 
 
+def test_a_link_in_place_of_the_lock_makes_no_file_elsewhere(interrupted, tmp_path):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    shutil.copytree(interrupted.folder, folder)
+    Run(folder).lock.unlink()
+    Run(folder).lock.symlink_to(outside)
+    with denormals_kept(), pytest.raises(ValueError, match="is a link"):
+        loop.resume(folder)
+    assert not outside.exists()
+
+
 @pytest.mark.parametrize("name", ["recipe", "path", "status", "checksums"])
 def test_a_pipe_in_a_run_folder_is_never_waited_for(tmp_path, name):
     run = own_copy(tmp_path)

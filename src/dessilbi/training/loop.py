@@ -150,7 +150,8 @@ def resume(
     before = run.read_environment()
     if draw:
         check_tensorboard()
-    reporter, trained_on = reporter or Silent(), before.get("engine", {})
+    reporter, trained_on = reporter or Silent(), before.get("engine")
+    trained_on = trained_on if isinstance(trained_on, dict) else {}  # of another release
     if _is_finished(run):
         reporter.say(f"{run.folder} is finished: there is nothing to resume")
         return run
