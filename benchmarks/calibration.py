@@ -251,7 +251,7 @@ def told(lines: list[dict[str, Any]]) -> str:
     note = (
         f"{len(lines)} of {len(planned())} cells; a layer ended below its floor in {below} of them"
     )
-    return f"{table(lines)}\n\n{note}, {len(others)} of these not late.\n"
+    return f"{table(lines)}\n\n{note} ({len(others)} that were not late).\n"
 
 
 def write_page(mark: str, text: str) -> None:
@@ -284,8 +284,8 @@ def main() -> None:
         for line in measure(dict(zip(KEYS, cell, strict=False)), modes, arguments.data):
             append_line(RESULTS, line)
             lines.append(line)
-            told = {key: line[key] for key in (*KEYS, "reached", "cpu_seconds")}
-            print(json.dumps(told), flush=True)
+            shown = {key: line[key] for key in (*KEYS, "reached", "cpu_seconds")}
+            print(json.dumps(shown), flush=True)
     print(f"{len(lines)} of {len(planned())} runs are there")
     if lines:
         write_page("measured", told(lines))
