@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kill runs at every write and damage every file; write docs/results/measured/chaos.json.
 
-python benchmarks/chaos.py          # some ten minutes; needs the tests beside it, and fork
+python benchmarks/chaos.py [kills] [damage]     # some minutes; needs the tests beside it, and fork
 
 Every run is resumed and compared, byte by byte, with one that was never cut. A difference, a
 traceback or a silently wrong number stops this script with an error.
@@ -16,19 +16,20 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dessilbi.auditing import FAULTS, audit
 from dessilbi.runs import Run
-from dessilbi.storage import write_json
+from dessilbi.storage import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import chaotic  # noqa: E402
 import damaged  # noqa: E402
 
-COPIES, SEED, MOMENTS = 300, 2026, 40
+COPIES, SEED, MOMENTS = 300, 2026, 25
 
 
 def check(folder: Path, whole: Run) -> None:
@@ -79,39 +80,45 @@ def at_moments(folder: Path, whole: Run, number: int) -> dict[str, int]:
     return {"sent": sent, "met_at_work": met, "runs": runs}
 
 
-def main() -> None:
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        events = chaotic.count_events(folder / "whole")
-        whole = Run(folder / "whole")
-        assert chaotic.holds_something(whole)
-        killed = {kind: at_every_write(folder, whole, events, kind) for kind in ("kill", "torn")}
-        full = at_every_write(folder, whole, events, "full")
-        signals = {
+def kills(folder: Path) -> dict[str, Any]:
+    """End runs in every way, at every write."""
+    events = chaotic.count_events(folder / "whole")
+    whole = Run(folder / "whole")
+    assert chaotic.holds_something(whole)
+    return {
+        "events_of_a_run": dict(Counter(events)),
+        "killed_before": at_every_write(folder, whole, events, "kill"),
+        "killed_in_half_a_write": at_every_write(folder, whole, events, "torn"),
+        "disk_full_from": at_every_write(folder, whole, events, "full"),
+        "signals_at_random_moments": {
             number.name: at_moments(folder, whole, int(number))
             for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-        }
-        (folder / "samples").mkdir()
-        copies = {
-            form.name: dict(damaged.damage(form, COPIES, SEED))
-            for form in list(damaged.formats(folder / "samples"))
-        }
-    record = {
-        "command": "python benchmarks/chaos.py",
-        "torch": torch.__version__,
-        "seconds": round(time.monotonic() - began),
-        "events_of_a_run": dict(Counter(events)),
-        "killed_before": killed["kill"],
-        "killed_in_half_a_write": killed["torn"],
-        "disk_full_from": full,
-        "signals_at_random_moments": signals,
+        },
         "runs_that_differed": 0,  # one that does stops this script with an error
-        "damaged_copies": copies,
-        "damaged_copies_in_all": sum(sum(told.values()) for told in copies.values()),
+    }
+
+
+def damage(folder: Path) -> dict[str, Any]:
+    """Damage every file."""
+    forms = list(damaged.formats(folder))
+    copies = {form.name: dict(damaged.damage(form, COPIES, SEED)) for form in forms}
+    return {
+        "copies": copies,
+        "copies_in_all": sum(sum(told.values()) for told in copies.values()),
         "silently_wrong_or_traceback": 0,  # likewise
     }
-    write_json(ROOT / "docs" / "results" / "measured" / "chaos.json", record)
+
+
+def main() -> None:
+    file = ROOT / "docs" / "results" / "measured" / "chaos.json"
+    for part in sys.argv[1:] or ("kills", "damage"):
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as name:
+            record = {"kills": kills, "damage": damage}[part](Path(name))
+        facts = {"command": f"python benchmarks/chaos.py {part}", "torch": torch.__version__}
+        facts["seconds"] = round(time.monotonic() - began)
+        before = read_json(file) if file.exists() else {}
+        write_json(file, {**before, part: {**facts, **record}})
 
 
 if __name__ == "__main__":

@@ -190,6 +190,8 @@ def engine_for(
         strategy=_fabric_strategy(chosen, world),
         plugins=plugins,
     )
+    if chosen and num_restarts():
+        _meet_again("nccl" if device == "cuda" else "gloo")
     fabric.launch()
     try:
         yield Engine(fabric, chosen, precision)
@@ -206,6 +208,18 @@ def num_processes() -> int:
 def num_restarts() -> int:
     """Return how often torchrun has started this group of processes again; 0 without it."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if "RANK" in os.environ else 0
+
+
+def _meet_again(backend: str) -> None:
+    """Connect the processes of a later attempt; Fabric then finds them connected.
+
+    torchrun's store still holds the addresses of the attempt before, so they meet under a prefix.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    store, rank, world = next(c10d.rendezvous("env://"))
+    own = c10d.PrefixStore(f"attempt-{num_restarts()}", store)
+    c10d.init_process_group(backend, store=own, rank=rank, world_size=world)
 
 
 def _device(asked: str, here: int) -> str:

@@ -7,6 +7,8 @@ sees what the file says.
 """
 
 import pickle
+import pickletools
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dessilbi.storage import told_by
+
+LARGEST = 512 << 20  # bytes
 
 
 class _Name:
@@ -69,6 +73,13 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
+def _check_sizes(content: bytes) -> None:
+    """Refuse what says that it is longer than the file, before memory is allocated for it."""
+    for opcode, argument, _ in pickletools.genops(content):  # lengths of texts, it checks itself
+        if opcode.name.endswith("PUT") and argument is not None and argument > len(content):
+            raise pickle.UnpicklingError(f"it numbers a value {argument}")
+
+
 def read_pickle(path: Path) -> dict[bytes, Any]:
     """Return the dictionary in a pickle written by Python 2 or 3.
 
@@ -79,13 +90,14 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
             bytes, or it is truncated or damaged.
         OSError: The file cannot be read.
     """
-    with path.open("rb") as stream:
-        try:
-            found = _Unpickler(stream, encoding="bytes").load()
-        except OSError:
-            raise
-        except Exception as error:  # a damaged pickle can raise anything
-            raise _refused(path, str(error) or type(error).__name__) from None
+    if path.stat().st_size > LARGEST:
+        raise _refused(path, f"it has more than {LARGEST >> 20} MiB")
+    content = path.read_bytes()
+    try:
+        _check_sizes(content)
+        found = _Unpickler(BytesIO(content), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _refused(path, str(error) or type(error).__name__) from None
     if not isinstance(found, dict):
         raise _refused(path, f"it holds a {type(found).__name__}")
     return {
