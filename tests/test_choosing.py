@@ -11,9 +11,12 @@ from torch.nn.functional import relu
 
 from dessilbi import DessiLBI, Path, compact, param_groups, plan
 from dessilbi.choosing import Family
+from dessilbi.closing import close_on, settle_on
 from dessilbi.costs import CostModel
+from dessilbi.cutting import cut_module, find_cuts
 from dessilbi.graph import read_graph
 from dessilbi.testing import random_ticket
+from dessilbi.ticket import TensorSpec, Ticket
 from dessilbi.training.models import build_model
 
 X = torch.linspace(-1, 1, 2 * 28 * 28).reshape(2, 1, 28, 28)
@@ -255,11 +258,83 @@ def test_a_family_of_another_model_is_refused():
 def test_no_layer_dies_in_the_smallest_member():
     for name in NETS:
         found = family(name)
-        # Before closing: what lives may still read dead blocks only, and then is marked dead.
         ticket = found._ranking.prefix(found.smallest, {})
         assert min(ticket.densities().values()) > 0
+        closed = found.member(found.smallest)[0]
+        assert all(closed[name].any() for name in ticket)
+        if found.smallest > len(found._ranking.leaders):
+            smaller = found.member(found.smallest - 1)[0]
+            assert not all(smaller[name].any() for name in ticket)
 
 
 def test_a_family_is_made_from_scores():
     assert isinstance(family("lenet"), Family)
     assert len(family("resnet8")) < sum(p.numel() for p in make("resnet8").parameters())
+
+
+def counted(model, ticket, graph):
+    """Parameters and MACs of the model after the cut, counted on the cut model itself."""
+    cuts = find_cuts(graph, settle_on(graph, ticket).gone)
+    small = cut_module(model, cuts, {n: t.detach() for n, t in model.named_parameters()}).eval()
+    macs = 0
+
+    def count(module, inputs, output):
+        nonlocal macs
+        macs += module.weight[0].numel() * output.numel()
+
+    for module in small.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        small(X[:1])
+    return sum(p.numel() for p in small.parameters()), macs
+
+
+@pytest.mark.parametrize(
+    ("name", "seeds"),
+    [("lenet", range(100)), ("plain", range(100))],
+    ids=["lenet", "plain"],
+)
+def test_costs_of_two_hundred_random_tickets_equal_a_count_on_the_cut_model(name, seeds):
+    if name == "lenet":
+        model = make("lenet")
+    else:  # no norms, whose buffers a plain cut leaves alone
+        model = nn.Sequential(
+            *(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2), nn.ReLU()),
+            *(nn.Conv2d(12, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 9), nn.Linear(9, 4)),
+        )
+    graph = read_graph(model, X[:1])
+    costs, seen = CostModel(graph, model), set()
+    weights = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+    specs = {
+        n: TensorSpec(tuple(p.shape), (1, *[None] * (p.dim() - 1))) for n, p in weights.items()
+    }
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        share = 0.1 + 0.008 * seed
+        masks = {n: torch.rand(s.grid, generator=generator) < share for n, s in specs.items()}
+        ticket = close_on(graph, Ticket(masks, specs))
+        cost = costs.of(ticket)
+        assert (cost.params, cost.macs) == counted(model, ticket, graph)
+        brute = sum(int(ticket.mask_of(n).sum()) for n in ticket)
+        assert ticket.density == brute / sum(ticket.mask_of(n).numel() for n in ticket)
+        seen.add(cost.params)
+    assert len(seen) > 20
+
+
+@pytest.mark.full
+def test_budgets_of_a_resnet20_are_met_from_below_to_within_one_item():
+    x = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    model = build_model("resnet20", num_classes=10, in_channels=3, seed=0)
+    optimizer = DessiLBI(param_groups(model), lr=0.05, nu=10.0, lam=1e-3)
+    path = Path(optimizer)
+    model(x.repeat(2, 1, 1, 1)).square().mean().backward()
+    optimizer.step()
+    found = path.family(model, example_inputs=x, order="weight")
+    for quantity in ("density", "params", "macs", "bytes"):
+        choice = found.choose(quantity, 0.4)
+        measure = found.measure(quantity)
+        dense = 1.0 if quantity == "density" else getattr(found.costs.dense, quantity)
+        assert measure(choice.count) <= 0.4 * dense < measure(choice.count + 1)
+    proof = compact(model, choice.ticket, example_inputs=x).proof
+    assert (choice.cost.params, choice.cost.macs) == (proof.params_after, proof.macs_after)

@@ -15,11 +15,13 @@ import torch
 from tiny import QUICK, own_copy, shared_run
 from typer.testing import CliRunner
 
-from dessilbi import Path, Ticket, __version__
+from dessilbi import Path, Ticket, __version__, close
 from dessilbi.cli import app
 from dessilbi.cli.tour import DENSITIES
 from dessilbi.runs import Run, locked
+from dessilbi.shrinking import example_of
 from dessilbi.training.data import DATA_SETS
+from dessilbi.training.finetune import load_trained
 from dessilbi.training.recipes import load_recipe, recipe_names
 
 
@@ -401,16 +403,26 @@ def test_ticket_saves_the_ticket_of_the_path():
     result = call("ticket", run.folder, "--density", 0.25, "--out", "t.safetensors")
     assert result.exit_code == 0
     assert "saved as t.safetensors" in result.stdout
-    assert Ticket.load("t.safetensors") == Path.load(run.folder).ticket(density=0.25)
+    trained = load_trained(run)
+    model, example = trained.model, example_of(trained)
+    expected = Path.load(run.folder).ticket(density=0.25, model=model, example_inputs=example)
+    assert Ticket.load("t.safetensors") == expected
+    assert "chosen: the largest ticket with density <= 0.25" in result.stdout
 
 
 def test_ticket_takes_a_step_or_an_order():
     run = shared_run()
-    assert call("ticket", run.folder, "--step", 9, "--out", "s").exit_code == 0
-    assert Ticket.load("s") == Path.load(run.folder).ticket(step=9)
+    trained, path = load_trained(run), Path.load(run.folder)
+    model, example = trained.model, example_of(trained)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that layers are empty yet
+        assert call("ticket", run.folder, "--step", 9, "--out", "s").exit_code == 0
+    assert Ticket.load("s") == close(path.ticket(step=9), model, example_inputs=example)
     wanted = ["--density", 0.1, "--order", "weight", "--out", "w"]
     assert call("ticket", run.folder, *wanted).exit_code == 0
-    assert Ticket.load("w") == Path.load(run.folder).ticket(density=0.1, order="weight")
+    assert Ticket.load("w") == path.ticket(
+        density=0.1, order="weight", model=model, example_inputs=example
+    )
 
 
 def test_tickets_without_a_name_lie_in_the_run_and_never_meet(tmp_path):
@@ -438,7 +450,9 @@ def test_ticket_never_overwrites(tmp_path):
 
 
 def test_ticket_json_says_where_it_came_from():
-    result = call("ticket", shared_run().folder, "--step", 9, "--out", "t", "--json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that layers are empty yet
+        result = call("ticket", shared_run().folder, "--step", 9, "--out", "t", "--json")
     told = json.loads(result.stdout)
     chosen = Ticket.load("t")
     assert (told["density"], told["layers"]) == (chosen.density, chosen.densities())
@@ -450,16 +464,25 @@ def test_ticket_json_has_the_density_of_the_ticket():
     assert json.loads(result.stdout)["density"] == Ticket.load("t").density != 0.1234567
 
 
-@pytest.mark.parametrize("options", [[], ["--density", "0.5", "--step", "3"]], ids=str)
-def test_ticket_needs_exactly_one_of_density_and_step(options):
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--density", "0.5", "--params", "3"], ["--early", "--step", "3"], ["--order", "dual"]],
+    ids=str,
+)
+def test_ticket_needs_one_budget_or_one_moment_or_one_of_each(options):
     result = call("ticket", shared_run().folder, *options)
-    assert_failed(result, 2, "exactly one of --density and --step")
+    assert_failed(result, 2, "exactly one of")
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--density", "1e-9"], "the smallest ticket of this order has density"),
+        (["--density", "1e-9"], "the smallest ticket of this run has"),
+        (["--params", "7"], "the smallest ticket of this run has"),
+        (["--latency-ms", "1e-9"], "1e-09"),
+        (["--epoch", "99"], "is not on this path, which ends at epoch"),
+        (["--density", "0.5", "--step", "3"], "has no checkpoint of step 3 (kept are"),
+        (["--early"], "never settled"),
         (["--step", "0"], "its first step is 3"),
     ],
     ids=str,

@@ -48,6 +48,7 @@ ORDER = [
     "counting",  # multiply-accumulates of one sample
     "costs",  # what a cut leaves, in numbers
     "choosing",  # the closed family of one ranking, and the largest within a budget
+    "controls",  # random tickets as sparse as another, layer by layer
     "path",
     "settling",  # when the support has stopped changing
     "adapting",  # how each operation's constants follow
@@ -64,10 +65,11 @@ ORDER = [
     "measuring",  # members chosen by latency and accuracy
     "growth",
     "exporting",
+    "manifest",  # the JSON file of a saved compact model
     "training",
     "registry",  # models that a file may name
-    "manifest",  # the JSON file of a saved compact model
     "saving",
+    "drawing",  # a run and a wish become a ticket
     "shrinking",  # a run and a ticket become a smaller model
     "auditing",  # every file of a run folder against its checksums
     "reporting",

@@ -67,11 +67,14 @@ def _inner_runs(place: FilePath) -> list[FilePath]:
     if place.is_symlink() or not place.is_dir():
         return []
     inside = sorted(f for f in place.iterdir() if f.is_dir() and not f.is_symlink())
+    studies = [f for f in inside if (f / "study.json").is_file()]
+    inside += [run for study in studies for run in _inner_runs(study)]
     return [f for f in inside if Run(f).recipe.exists() or Run(f).checksums.exists()]
 
 
 def _is_listed(place: FilePath, run: Run) -> bool:
-    return place in (run.checkpoints, run.tickets, run.compacted) and not place.is_symlink()
+    made = (run.checkpoints, run.tickets, run.compacted, run.curves)
+    return place in made and not place.is_symlink()
 
 
 def _all(run: Run) -> Iterator[Finding]:
@@ -96,7 +99,7 @@ def _all(run: Run) -> Iterator[Finding]:
         yield from _logs(run, newest)
     yield from _family(run)
     why = "there is no checksum of it" if seal is None else "it is written again when the run ends"
-    for file in (run.recipe, run.environment, run.init, run.model, run.scores):
+    for file in (run.recipe, run.environment, run.init, run.early, run.model, run.scores):
         if file.name not in listed and file.is_file():
             yield Finding(file.name, "unchecked", why)
 

@@ -6,7 +6,7 @@ so be made again on a model that was just built, by its own code and before any 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -53,6 +53,46 @@ class Blueprint:
     biases: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
     folded: bool = False
+
+    def then(self, later: "Blueprint") -> "Blueprint":
+        """Return this cut and a later one, of the model that this one makes, as a single cut.
+
+        Raises:
+            ValueError: One of them is of a program, whose later cuts are of another.
+
+        >>> one = Blueprint("module", {"w": (Cut("w", 0, 4, np.array([0, 2, 3])),)})
+        >>> two = Blueprint("module", {"w": (Cut("w", 0, 3, np.array([1, 2])),)})
+        >>> one.then(two).cuts["w"][0].index.tolist()
+        [2, 3]
+        """
+        if "program" in (self.form, later.form):
+            raise ValueError(
+                "a model that was compacted as an exported program cannot be cut once more: "
+                "cut the model it came from"
+            )
+        names = [*self.cuts, *(name for name in later.cuts if name not in self.cuts)]
+        cuts = {name: _both(self.cuts.get(name, ()), later.cuts.get(name, ())) for name in names}
+        sizes = {(size.module, size.attribute): size for size in self.sizes}
+        for size in later.sizes:
+            key = (size.module, size.attribute)
+            sizes[key] = Size(*key, sizes[key].old if key in sizes else size.old, size.new)
+        return Blueprint(
+            "sized module" if sizes else "module",
+            cuts,
+            tuple(dict.fromkeys((*self.biases, *later.biases))),
+            tuple(sizes.values()),
+            self.folded or later.folded,
+        )
+
+
+def _both(first: tuple[Cut, ...], second: tuple[Cut, ...]) -> tuple[Cut, ...]:
+    """Two cuts of one tensor, one after the other."""
+    cuts = {cut.dim: cut for cut in first}
+    for cut in second:
+        before = cuts.get(cut.dim)
+        index = cut.index if before is None else before.index[cut.index]
+        cuts[cut.dim] = replace(cut if before is None else before, index=index)
+    return tuple(cuts[dim] for dim in sorted(cuts))
 
 
 class OtherModelError(ValueError):

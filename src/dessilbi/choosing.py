@@ -7,6 +7,7 @@ about zeros in a mask.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -70,8 +71,8 @@ class Family:
         full.density_of_model(model)  # checks names and shapes
         self.graph = read_graph(model, example_inputs)
         self.costs = CostModel(self.graph, model)
-        together = _together(self.graph, specs, units)
-        even = [_evened(self.graph, _joint(key, together), specs) for key in keys]
+        together = together_on(self.graph, specs, units)
+        even = [evened(self.graph, joint_scores(key, together), specs) for key in keys]
         self._ranking: Ranking = rank(even, specs, together)
         self._origin = dict(origin or {})
         self._members: dict[int, tuple[Ticket, Cost]] = {}
@@ -80,10 +81,23 @@ class Family:
         """Number of members."""
         return len(self._ranking)
 
-    @property
+    @cached_property
     def smallest(self) -> int:
-        """The first member in which every layer keeps a block; budgets choose from here on."""
-        return len(self._ranking.leaders)
+        """The first member of which closing leaves something of every layer.
+
+        Budgets choose from here on: below it a layer would be dead that nobody asked to die.
+        """
+        low, high = len(self._ranking.leaders), len(self)
+        if not self._is_alive(high):  # something can only be dead
+            return low
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._is_alive(middle) else (middle + 1, high)
+        return low
+
+    def _is_alive(self, count: int) -> bool:
+        ticket, _ = self.member(count)
+        return all(bool(ticket[name].any()) for names in self._ranking.leaders for name in names)
 
     def member(self, count: int) -> tuple[Ticket, Cost]:
         """Return the closed ticket of the first ``count`` items and its cost."""
@@ -150,7 +164,7 @@ class Family:
         return Choice(ticket, cost, count, reason)
 
 
-def _together(
+def together_on(
     graph: Graph, specs: Mapping[str, TensorSpec], units: Mapping[str, str | None]
 ) -> dict[str, str | None]:
     """Units of the run, and what the graph couples where the run's blocks are its blocks."""
@@ -163,7 +177,9 @@ def _together(
     return result
 
 
-def _joint(key: Mapping[str, Tensor], together: Mapping[str, str | None]) -> dict[str, Tensor]:
+def joint_scores(
+    key: Mapping[str, Tensor], together: Mapping[str, str | None]
+) -> dict[str, Tensor]:
     """Give members of a unit one score: the root of their summed squares, or the first entry."""
     result = dict(key)
     units: dict[str, list[str]] = {}
@@ -181,7 +197,7 @@ def _joint(key: Mapping[str, Tensor], together: Mapping[str, str | None]) -> dic
     return result
 
 
-def _evened(
+def evened(
     graph: Graph, key: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]
 ) -> dict[str, Tensor]:
     """Let the j-th best blocks of all groups of a grouped convolution share their mean score.

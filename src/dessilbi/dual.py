@@ -64,6 +64,12 @@ def alpha_of(optimizer: Optimizer, group: dict[str, Any]) -> float | Tensor:
     return alpha
 
 
+def clock_of(optimizer: Optimizer) -> float:
+    """Return the step of path time: that of the first group with a structure."""
+    group = next(g for g in optimizer.param_groups if g.get("structure") is not None)
+    return float(alpha_of(optimizer, group))
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
     """One structured tensor, with the group that holds its options and its place in the group.

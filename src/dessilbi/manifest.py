@@ -84,6 +84,37 @@ class FactoryEntry(_Part):
     options: dict[str, bool | int | float | str]
 
 
+class CutEntry(_Part):
+    """How a fresh model becomes the small one; see Blueprint."""
+
+    form: Form
+    cuts: dict[str, tuple[KeptEntry, ...]]
+    biases: tuple[str, ...] = ()
+    sizes: tuple[SizeEntry, ...] = ()
+    folded: bool = False
+
+    def blueprint(self) -> Blueprint:
+        """Return the cut.
+
+        Raises:
+            ValueError: The kept indices make no sense.
+        """
+        cuts = {name: tuple(_cut(name, entry) for entry in own) for name, own in self.cuts.items()}
+        sizes = tuple(Size(s.module, s.attribute, s.old, s.new) for s in self.sizes)
+        return Blueprint(self.form, cuts, self.biases, sizes, self.folded)
+
+
+def cut_entry(blueprint: Blueprint) -> CutEntry:
+    """Return a blueprint as plain values."""
+    return CutEntry(
+        form=blueprint.form,
+        cuts={name: kept_entries(cuts) for name, cuts in blueprint.cuts.items()},
+        biases=blueprint.biases,
+        sizes=tuple(SizeEntry(**vars(size)) for size in blueprint.sizes),
+        folded=blueprint.folded,
+    )
+
+
 class Manifest(_Part):
     """What a saved compact model says of itself. ``model`` and ``source`` are for people only."""
 
@@ -115,9 +146,7 @@ class Manifest(_Part):
         Raises:
             ValueError: The kept indices make no sense.
         """
-        cuts = {name: tuple(_cut(name, entry) for entry in own) for name, own in self.cuts.items()}
-        sizes = tuple(Size(s.module, s.attribute, s.old, s.new) for s in self.sizes)
-        return Blueprint(self.form, cuts, self.biases, sizes, self.folded)
+        return CutEntry(**{name: getattr(self, name) for name in CutEntry.model_fields}).blueprint()
 
     def described_inputs(self) -> tuple[Input, ...]:
         """Return what forward takes.

@@ -25,7 +25,7 @@ from dessilbi.runs import Run
 from dessilbi.scores import Scores, block_scores, load_scores, save_scores
 from dessilbi.sealing import check_sealed
 from dessilbi.selection import Ranking, rank
-from dessilbi.ticket import Ticket
+from dessilbi.ticket import TensorSpec, Ticket
 
 Order = Literal["dual", "weight", "entry"]
 ORDERS: tuple[Order, ...] = ("dual", "weight", "entry")
@@ -160,11 +160,21 @@ class Path:
         """Names of the structured tensors."""
         return list(self._history.specs)
 
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and block of the structured tensors, by name."""
+        return dict(self._history.specs)
+
+    @property
+    def units(self) -> dict[str, str | None]:
+        """The unit of each structured tensor, or None."""
+        return dict(self._history.units)
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if is_phantom_step(optimizer):
             return
         self.step += 1
-        self.time += _alpha_of(optimizer)
+        self.time += dual.clock_of(optimizer)
         if self.step % self._interval:
             return
         self._record()
@@ -196,7 +206,7 @@ class Path:
         total = self._total_time
         if total is None and self._total_steps is not None:
             left = max(0, self._total_steps - self.step)
-            total = self.time + left * _alpha_of(optimizer)
+            total = self.time + left * dual.clock_of(optimizer)
         if total is not None:
             self._hint.look(optimizer, self.time, total, entered=support.kept_elements > 0)
 
@@ -237,8 +247,7 @@ class Path:
         Raises:
             ValueError: This path watches no optimizer.
         """
-        steps, times = self._history.steps(), [point.time for point in self.points]
-        past = ([0, *steps], [0.0, *times, self.time])
+        past = ([0, *self._history.steps()], [0.0, *(p.time for p in self.points), self.time])
         return entry_times(self._watched(), time=self.time, entered=self.entry(), past=past)
 
     def support(self, *, step: int) -> Ticket:
@@ -389,12 +398,3 @@ class Path:
         points = f"{len(self.points)} points to step {self.step}, path time {self.time:.4g}"
         density = f", density {self.points[-1].density:.4g}" if self.points else ""
         return f"Path({points}{density}, {len(self.names)} tensors)"
-
-
-def _structured_group(optimizer: Optimizer) -> dict[str, Any]:
-    """The first group with a structure: its clock is the path's."""
-    return next(g for g in optimizer.param_groups if g.get("structure") is not None)
-
-
-def _alpha_of(optimizer: Optimizer) -> float:
-    return float(dual.alpha_of(optimizer, _structured_group(optimizer)))

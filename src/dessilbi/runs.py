@@ -68,6 +68,21 @@ class Run:
         return self.folder / "model.safetensors"
 
     @property
+    def early(self) -> FilePath:
+        """The weights after ``rewind_at`` epochs, to rewind to (safetensors)."""
+        return self.folder / "early.safetensors"
+
+    @property
+    def start(self) -> FilePath:
+        """What the run began with where that is not a fresh model of its recipe (JSON)."""
+        return self.folder / "start.json"
+
+    @property
+    def ticket(self) -> FilePath:
+        """The ticket that is enforced in training, where there is one (safetensors)."""
+        return self.folder / "ticket.safetensors"
+
+    @property
     def metrics(self) -> FilePath:
         """One line per epoch (JSON lines)."""
         return self.folder / "metrics.jsonl"
@@ -106,6 +121,16 @@ class Run:
     def tickets(self) -> FilePath:
         """Folder of the tickets taken from this run."""
         return self.folder / "tickets"
+
+    @property
+    def retrained(self) -> FilePath:
+        """Folder of what was retrained from this run's tickets."""
+        return self.folder / "retrained"
+
+    @property
+    def curves(self) -> FilePath:
+        """Folder of curves of layers that were pruned by order (JSON)."""
+        return self.folder / "curves"
 
     @property
     def compacted(self) -> FilePath:

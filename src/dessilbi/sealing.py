@@ -142,6 +142,14 @@ def close_seal(folder: Path, files: Iterable[Path]) -> None:
         write_atomic(folder / NAME, replace(seal, final=final).content())
 
 
+def add_to_seal(file: Path) -> None:
+    """List a file that has just been written and will not change. Older runs stay as is."""
+    seal = read_seal(file.parent)
+    if seal is not None:
+        constant = {**seal.constant, file.name: sha256_of(file)}
+        write_atomic(file.parent / NAME, replace(seal, constant=constant).content())
+
+
 def reopen_seal(folder: Path) -> None:
     """Take out again what a run ended with, before it changes."""
     seal = read_seal(folder)

@@ -107,7 +107,7 @@ def rank(
     Returns:
         The ranking.
     """
-    leaders = _leaders(specs, units)
+    leaders = leaders_of(specs, units)
     tensor_of = np.concatenate(
         [np.full(specs[names[0]].num_blocks, i) for i, names in enumerate(leaders)]
     )
@@ -128,7 +128,8 @@ def rank(
     return Ranking(specs, leaders, tensor_of[raised], block_of[raised], elements[raised])
 
 
-def _leaders(specs: Mapping[str, TensorSpec], units: Mapping[str, str | None]) -> list[list[str]]:
+def leaders_of(specs: Mapping[str, TensorSpec], units: Mapping[str, str | None]) -> list[list[str]]:
+    """Return the tensors that are ranked as one: members of a unit together, others alone."""
     together: dict[object, list[str]] = {}
     for name in specs:
         unit = units.get(name)

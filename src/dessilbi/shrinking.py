@@ -6,7 +6,7 @@ again.
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -125,8 +125,12 @@ def save_shrunk(
         told |= {"side": data.side}
     if data.length is not None:
         told |= {"length": data.length}
+    compacted, start = shrunk.compacted, trained.start
+    if start is not None and start.blueprint is not None:  # one cut, from the recipe's own model
+        whole = start.blueprint.then(compacted.blueprint)
+        compacted = replace(compacted, blueprint=whole)
     return save_compact(
-        shrunk.compacted,
+        compacted,
         folder,
         factory=f"dessilbi:{model}",
         options={name: value for name, value in told.items() if value is not None},

@@ -244,6 +244,10 @@ class Ticket(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write the ticket as one safetensors file (one bit per block, a JSON header)."""
+        write_atomic(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the file that :meth:`save` writes."""
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -255,7 +259,7 @@ class Ticket(Mapping[str, Tensor]):
             "sha256": self.digest(),
         }
         bits = {name: torch.from_numpy(pack_bits(mask)) for name, mask in self._masks.items()}
-        write_atomic(path, safetensors.torch.save(bits, metadata={"ticket": to_json(header)}))
+        return safetensors.torch.save(bits, metadata={"ticket": to_json(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Ticket":

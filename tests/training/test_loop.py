@@ -25,14 +25,9 @@ def names(folder):
 def test_a_run_folder_is_complete():
     run = shared_run()
     assert names(run.folder) == {
-        *(
-            "checksums.json",
-            "recipe.json",
-            "environment.json",
-            "init.safetensors",
-            "model.safetensors",
-        ),
-        *("metrics.jsonl", "times.jsonl", "path.jsonl", "scores.safetensors", "status.json"),
+        *("checksums.json", "recipe.json", "environment.json", "init.safetensors"),
+        *("model.safetensors", "early.safetensors", "metrics.jsonl", "times.jsonl"),
+        *("path.jsonl", "scores.safetensors", "status.json"),
         *("checkpoints", ".lock"),
     }
 

@@ -17,8 +17,9 @@ from dessilbi.training import loop
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.engine import engine_for
 from dessilbi.training.models import IMAGE_MODELS, MODELS
-from dessilbi.training.recipes import RecipeError, load_recipe, to_toml, validate_recipe
+from dessilbi.training.recipes import RecipeError, load_recipe, validate_recipe
 from dessilbi.training.setting import prepare
+from dessilbi.training.telling import to_toml
 
 # 40 steps, a point at every one; R = 6 on any number of steps.
 STEERED = (

@@ -3,12 +3,25 @@
 
 from enum import StrEnum
 from pathlib import Path as FilePath
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dessilbi.cli.terminal import JsonOption, RunArgument, console, fail, guarded, print_json
+from dessilbi.cli.terminal import (
+    DataOption,
+    JsonOption,
+    RunArgument,
+    console,
+    data_root,
+    fail,
+    guarded,
+    print_json,
+)
 from dessilbi.runs import Run, free_path
+
+if TYPE_CHECKING:
+    from dessilbi.drawing import Drawer
+    from dessilbi.path import Order
 
 
 class OrderName(StrEnum):
@@ -45,31 +58,69 @@ def path(
 def ticket(
     run: RunArgument,
     density: Annotated[float | None, typer.Option(help="Share of weights to keep.")] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Parameters at most; up to 1: a share of the dense ones.")
+    ] = None,
+    macs: Annotated[float | None, typer.Option(help="Likewise multiply-accumulates.")] = None,
+    size: Annotated[float | None, typer.Option("--bytes", help="Likewise bytes.")] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Median latency on this machine at most.")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Points of validation accuracy to lose at most.")
+    ] = None,
     step: Annotated[int | None, typer.Option(help="What had entered by this step.")] = None,
-    order: Annotated[OrderName, typer.Option(help="How blocks are ranked.")] = OrderName.DUAL,
+    epoch: Annotated[float | None, typer.Option(help="What had entered by this epoch.")] = None,
+    early: Annotated[
+        bool, typer.Option("--early", help="The support when the path had first settled.")
+    ] = False,
+    order: Annotated[OrderName | None, typer.Option(help="How blocks are ranked.")] = None,
+    as_list: Annotated[
+        bool, typer.Option("--list", help="Show the family as a table; nothing is saved.")
+    ] = False,
     out: Annotated[FilePath | None, typer.Option(help="The file to write.")] = None,
+    data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take one member of the family and save it as a ticket file."""
-    from dessilbi.path import Path
-
-    if (density is None) == (step is None):
-        raise fail("give exactly one of --density and --step", 2)
-    if density is not None and not 0 < density <= 1:
-        raise fail(f"--density {density} is not allowed: it must be in (0, 1]", 2)
+    """Take the member of the family that fits, ready to be compacted, as a ticket file."""
     if out is not None and out.exists():
         raise FileExistsError(f"{out} exists: a ticket is never overwritten; name another --out")
-    chosen = Path.load(run).ticket(density=density, step=step, order=order.value)
-    file = out or _ticket_file(Run(run), density, step)
-    chosen.save(file)
+    from dessilbi.drawing import BUDGETS, MOMENTS, Drawer, Wish
+
+    values = (density, params, macs, size, latency_ms, max_drop, step, epoch, early)
+    asked = dict(zip((*BUDGETS, *MOMENTS), values, strict=True))
+    chosen_order: Order | None = order.value if order else None
+    if as_list:
+        if any(value not in (None, False) for value in values) or out is not None:
+            raise fail("--list shows all of the family: leave out budgets, moments and --out", 2)
+        _list(Drawer(Run(run), data_root=data_root(data)), chosen_order, as_json=as_json)
+        return
+    if density is not None and not 0 < density <= 1:
+        raise fail(f"--density {density} is not allowed: it must be in (0, 1]", 2)
+    try:
+        wish = Wish(**asked, order=chosen_order)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise fail(error, 2) from None
+    drawn = Drawer(Run(run), data_root=data_root(data)).draw(wish)
+    file = out or _ticket_file(Run(run), wish.name)
+    drawn.ticket.save(file)
     if as_json:
-        facts = {"density": chosen.density, "file": str(file), "layers": chosen.densities()}
-        print_json({**chosen.origin, **facts})
+        layers = drawn.ticket.densities()
+        print_json({**drawn.to_json(), "file": str(file), "layers": layers})
     else:
-        typer.echo(f"{chosen}\nsaved as {file}")
+        typer.echo(f"{drawn.ticket}\n{drawn}\nsaved as {file}")
 
 
-def _ticket_file(run: Run, density: float | None, step: int | None) -> FilePath:
+def _list(drawer: "Drawer", order: "Order | None", *, as_json: bool) -> None:
+    from dessilbi.reporting.tables import family_table
+
+    members = drawer.members(order)
+    if as_json:
+        print_json({"members": [member.to_json() for member in members]})
+    else:
+        console().print(family_table(members, order or drawer.order))
+
+
+def _ticket_file(run: Run, name: str) -> FilePath:
     run.tickets.mkdir(exist_ok=True)
-    name = f"step-{step}" if density is None else f"density-{density:g}"
     return free_path(run.tickets, name, ".safetensors")

@@ -20,11 +20,13 @@ from dessilbi.cli.terminal import (
 from dessilbi.runs import Run
 from dessilbi.training.recipes import (
     RecipeError,
+    StopRecipe,
+    assigned,
     load_recipe,
     recipe_names,
-    to_toml,
     validate_recipe,
 )
+from dessilbi.training.telling import to_toml
 
 
 class DeviceName(StrEnum):
@@ -83,6 +85,14 @@ def train(
     resume: Annotated[
         FilePath | None, typer.Option(metavar="RUN", help="Go on with a run that was cut short.")
     ] = None,
+    parent: Annotated[
+        FilePath | None,
+        typer.Option("--from", metavar="RUN", help="Go on from a run, with --ticket cut out."),
+    ] = None,
+    ticket: Annotated[FilePath | None, typer.Option(help="A ticket file of that run.")] = None,
+    stop_when_ticket: Annotated[
+        bool, typer.Option("--stop-when-ticket", help="End when the support has settled.")
+    ] = False,
     device: Annotated[DeviceName | None, typer.Option(help="Where to compute.")] = None,
     strategy: Annotated[
         StrategyName | None, typer.Option(help="How processes started by torchrun share the work.")
@@ -104,7 +114,11 @@ def train(
     download: Annotated[bool, typer.Option("--download", help="Fetch missing data.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a recipe once and record its path, or go on with a run."""
+    """Train a recipe once and record its path, or go on with a run, or from one."""
+    if (parent is None) != (ticket is None):
+        raise fail("give --from RUN and --ticket FILE together", 2)
+    if resume is not None and (parent is not None or stop_when_ticket):
+        raise fail("--resume goes on with a run as it is: leave out --from and others", 2)
     told = {"density": density, "calibrate": calibrate, "freeze": freeze_at}
     if coupling is not None:
         told |= {"optimizer.nu": "auto", "optimizer.R": coupling}
@@ -114,11 +128,17 @@ def train(
     ]
     if on_nan is not None and resume is None:
         assignments.append(f"on_nan={on_nan.value}")
-    chosen = _chosen(recipe, assignments, out, resume)
-    resume = resume or _restarted(chosen, out)
+    chosen, start = _chosen(recipe, assignments, out, resume, parent), None
     from dessilbi.training import loop
     from dessilbi.training.progress import default_reporter
 
+    if stop_when_ticket and chosen.stop is None:
+        chosen = chosen.model_copy(update={"stop": StopRecipe()})
+    if parent is not None and ticket is not None:
+        from dessilbi.training.iterating import next_round
+
+        chosen, start = next_round(parent, ticket, chosen, data_root=data_root(data))
+    resume = resume or _restarted(chosen, out)
     options: dict[str, Any] = {
         "data_root": data_root(data),
         "reporter": default_reporter() if speaks() else None,
@@ -131,13 +151,28 @@ def train(
         run = loop.resume(resume, device=device.value if device else None, **options)
     else:
         asked = device.value if device else "auto"
-        run = loop.train(chosen, out, device=asked, download=download, **options)
+        run = loop.train(chosen, out, device=asked, download=download, start=start, **options)
     if not speaks():
         return
     if as_json:
         print_json({"run": str(run.folder), **run.read_status()})
     else:
+        _tell_early_stop(run)
         typer.echo(f"The run is in {run.folder}; see its path with: dessilbi path {run.folder}")
+
+
+def _tell_early_stop(run: Run) -> None:
+    """Say how many epochs a run saved that was to stop by itself."""
+    told = run.read_status()
+    if "epochs_saved" not in told:
+        return
+    if told["settled"] is None:
+        typer.echo("The support never settled: all epochs were trained.")
+    else:
+        typer.echo(
+            f"The support settled at step {told['settled']['step']}, after {told['epochs']:.3g} "
+            f"epochs: {told['epochs_saved']:.3g} were saved."
+        )
 
 
 def _chosen(
@@ -145,12 +180,16 @@ def _chosen(
     assignments: list[str],
     out: FilePath | None,
     resume: FilePath | None,
+    parent: FilePath | None,
 ) -> Any:
     """The recipe to train; None where a run is resumed, which has its own."""
-    if (recipe is None) == (resume is None):
-        raise fail("give either a recipe to train or --resume RUN", 2)
+    if [recipe, resume, parent].count(None) != 2:
+        raise fail("give either a recipe to train or --resume RUN, or --from RUN", 2)
     if recipe is not None:
         return load_recipe(recipe, assignments)
+    if parent is not None:
+        told = Run(parent).read_recipe()
+        return validate_recipe(assigned(told, assignments), origin=str(parent))
     if assignments or out is not None:
         raise fail("--resume goes on with a run as it is: leave out --out and all settings", 2)
     return None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from dessilbi.clock import PathClock
 from dessilbi.forecast import forecast
 from dessilbi.monitors import dead_units, warn_about_dead_units
 from dessilbi.safety import check_step, lipschitz
@@ -13,6 +14,7 @@ from dessilbi.training.engine import engine_for
 from dessilbi.training.objective import loss_of
 from dessilbi.training.recipes import Recipe
 from dessilbi.training.setting import Setting, prepare
+from dessilbi.training.steering import Steering
 
 SAMPLES, BATCHES, ITERATIONS = 128, 2, 15
 
@@ -29,13 +31,16 @@ def examine(recipe: Recipe, data_root: str | None) -> Iterator[tuple[str, str]]:
     """
     with engine_for("float32", device="cpu") as engine:
         setting = prepare(recipe, engine, data_root=data_root)
-        yield from _clock(setting)
+        if setting.steering is None:
+            yield "recipe", f"{recipe.name}: nothing has a structure, so nothing can enter"
+            return
+        yield from _clock(setting, setting.steering)
         yield from _step(setting)
-        yield from _entries(setting)
+        yield from _entries(setting, setting.steering.clock)
 
 
-def _clock(setting: Setting) -> Iterator[tuple[str, str]]:
-    clock, told = setting.steering.clock, setting.steering.describe()
+def _clock(setting: Setting, steering: Steering) -> Iterator[tuple[str, str]]:
+    clock, told = steering.clock, steering.describe()
     yield "recipe", f"{setting.recipe.name}: {clock.num_steps:,} steps"
     nus = {float(group["nu"]) for group in setting.optimizer.param_groups if group["structure"]}
     kappa = setting.recipe.optimizer.kappa
@@ -64,8 +69,8 @@ def _step(setting: Setting) -> Iterator[tuple[str, str]]:
     yield "dead units", f"at most {shares[worst]:.0%} of a layer ({worst})"
 
 
-def _entries(setting: Setting) -> Iterator[tuple[str, str]]:
-    recipe, clock = setting.recipe, setting.steering.clock
+def _entries(setting: Setting, clock: PathClock) -> Iterator[tuple[str, str]]:
+    recipe = setting.recipe
     if recipe.density is not None:
         yield "density", f"lambda will follow the density {recipe.density} ({recipe.calibrate})"
         return

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.table import Table
 
+from dessilbi.drawing import Drawn
 from dessilbi.reporting.summary import Row, Summary, thinned
 from dessilbi.shrinking import Shipped, Shrunk
+from dessilbi.training.curve import CurvePoint
 from dessilbi.training.finetune import Outcome
+from dessilbi.training.studying import Row as RetrainedRow
 
 MAX_LAYER_COLUMNS = 5
 ROWS = 20
@@ -87,3 +90,68 @@ def size_table(shrunk: Shrunk, files: Shipped | None, dense: float) -> Group:
         f"{proof.max_abs_diff:.2g}\n"
         f"the ticket was fine-tuned; the dense net has {percent(dense)} % accuracy\n",
     )
+
+
+def family_table(members: Sequence[Drawn], order: str) -> Group:
+    """Return closed tickets of several densities with what their compacted models cost."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("density %", "parameters", "MACs", "bytes", "accuracy %"):
+        table.add_column(column, justify="right")
+    for member in members:
+        cost = member.cost
+        table.add_row(
+            f"{100 * member.ticket.density:.2f}",
+            *(f"{number:,}" for number in (cost.params, cost.macs, cost.bytes)),
+            "-" if member.accuracy is None else f"{100 * member.accuracy:.2f}",
+        )
+    return Group(
+        f"The family of this run, ranked by {order}",
+        table,
+        "numbers of the compacted model; validation accuracy, nothing retrained\n",
+    )
+
+
+def study_table(rows: Sequence[RetrainedRow], data: str | None) -> Group:
+    """Return a retrained ticket and its controls (accuracies in %)."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("mode")
+    for column in ("density", "params", "epochs", "before", "val", "test", "+-", "runs"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.mode,
+            percent(row.density),
+            f"{row.params:,}",
+            str(row.epochs),
+            *(_two(value) for value in (row.before, row.val_accuracy, row.accuracy, row.std)),
+            str(row.repetitions),
+        )
+    where = "" if data is None else f" on {data}, its head afresh"
+    return Group(
+        f"A ticket, trained again{where} (in %)",
+        table,
+        "before: test accuracy before any training; +-: deviation over the runs\n",
+    )
+
+
+def curve_table(points: Sequence[CurvePoint], names: Sequence[str], dense: float) -> Group:
+    """Return what is left of a net whose layers were pruned, by share and order (in %)."""
+    orders = list(dict.fromkeys(point.order for point in points))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pruned", justify="right")
+    for order in orders:
+        table.add_column(order, justify="right")
+        table.add_column("tuned", justify="right", style="dim")
+    for share in dict.fromkeys(point.pruned for point in points):
+        found = {point.order: point for point in points if point.pruned == share}
+        cells = [(found[order].at_once, found[order].fine_tuned) for order in orders]
+        table.add_row(percent(share), *(_two(value) for pair in cells for value in pair))
+    return Group(
+        f"{', '.join(names)} pruned by order (test accuracy in %)",
+        table,
+        f"tuned: after fine-tuning; the dense W has {_two(dense)}\n",
+    )
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"

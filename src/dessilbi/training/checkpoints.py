@@ -183,6 +183,22 @@ class Checkpoints:
         """Return the folder of the latest checkpoint, unread."""
         return max(self._folders(), default=None)
 
+    def at(self, step: int) -> Checkpoint:
+        """Return the checkpoint of a step.
+
+        Raises:
+            FileNotFoundError: None is kept; the message lists those that are.
+            DamagedFileError: It is damaged.
+        """
+        if not self._place(step).is_dir():
+            kept = [int(folder.name.removeprefix("step-")) for folder in self._folders()]
+            raise FileNotFoundError(
+                f"{self.folder} has no checkpoint of step {step} (kept are those of step "
+                f"{', '.join(map(str, kept)) or 'none'}): train with checkpoint_every and "
+                f"keep_checkpoints that keep it, or choose by step, epoch or --early alone"
+            )
+        return verified(self._place(step))
+
     def sweep(self) -> None:
         """Remove what killed processes left unfinished. Only for the process with the lock."""
         for leftover in self.folder.glob(".step-*"):

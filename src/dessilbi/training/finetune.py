@@ -17,10 +17,11 @@ from dessilbi.ticket import Ticket
 from dessilbi.training.data import Data
 from dessilbi.training.environment import flushed_denormals
 from dessilbi.training.evaluation import accuracy, masked
-from dessilbi.training.ingredients import data_of, model_of
+from dessilbi.training.ingredients import data_of
 from dessilbi.training.objective import loss_of
 from dessilbi.training.recipes import FinetuneRecipe, Recipe, validate_recipe
 from dessilbi.training.schedules import multiplier
+from dessilbi.training.starting import Start, built, filled, load_start
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run, loaded again: its recipe, data, dense weights and their test accuracy."""
+    """A finished run, loaded again: its recipe, data, dense weights and their test accuracy.
+
+    ``start`` is what it began with, where that was not a fresh model of its recipe.
+    """
 
     recipe: Recipe
     data: Data
     model: nn.Module
     accuracy: float
+    start: Start | None = None
 
 
 def load_trained(run: Run, *, data_root: str | None = None) -> Trained:
@@ -56,14 +61,10 @@ def load_trained(run: Run, *, data_root: str | None = None) -> Trained:
             f"{run.folder} has no {run.model.name}: the run did not finish; train it again"
         )
     data = data_of(recipe, root=data_root)
-    model = model_of(recipe, data)
+    start = load_start(run)
     check_sealed(run.model)
-    try:
-        model.load_state_dict(load_tensors(run.model))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{run.model} does not hold this recipe's weights ({reason})") from None
-    return Trained(recipe, data, model, accuracy(model, data.test))
+    model = filled(built(recipe, data, start), load_tensors(run.model), run.model)
+    return Trained(recipe, data, model, accuracy(model, data.test), start)
 
 
 def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.Module:

@@ -53,6 +53,40 @@ class Judge:
                 facts["gamma_accuracy"] = self._accuracy(data.test)
         return facts
 
+    def of_ticket(self, step: int) -> dict[str, float]:
+        """Return the validation accuracies of W and of the ticket on supp(Gamma) alone."""
+        data, model = self.setting.data, self.setting.model
+        dense = self.validation(step)
+        self.engine.share_buffers(model)
+        support = self.setting.optimizer.support()
+        with self.engine.autocast(), changed(model, support.apply_, data.train):
+            ticket = self._accuracy(data.validation)
+        return {"val_accuracy": dense, "val_ticket_accuracy": ticket}
+
+    def of_weights(self) -> dict[str, float]:
+        """Return the accuracies of W as it is, masked or not."""
+        data = self.setting.data
+        self.engine.share_buffers(self.setting.model)
+        return {
+            "accuracy": self._accuracy(data.test),
+            "val_accuracy": self._accuracy(data.validation),
+        }
+
+    def masked_now(self, *, again: bool) -> dict[str, float]:
+        """Return the accuracies of W before it is trained, BatchNorm statistics estimated again.
+
+        Args:
+            again: Whether they are.
+        """
+        if not again:
+            return self.of_weights()
+        self.engine.share_buffers(self.setting.model)
+        with (
+            self.engine.autocast(),
+            changed(self.setting.model, lambda model: model, self.setting.data.train),
+        ):
+            return self.of_weights()
+
     def validation(self, step: int) -> float:
         """Return the accuracy of W on the validation split after ``step`` steps."""
         if self._latest is None or self._latest[0] != step:

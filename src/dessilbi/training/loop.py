@@ -21,6 +21,7 @@ from dessilbi.training.randomness import seeded
 from dessilbi.training.recipes import Recipe, validate_recipe
 from dessilbi.training.session import Session, find_checkpoint
 from dessilbi.training.setting import Setting, prepare
+from dessilbi.training.starting import Start, load_start
 from dessilbi.training.stopping import Stop, stoppable
 from dessilbi.training.watching import Tracker, Watching, check_tensorboard
 
@@ -28,16 +29,18 @@ __all__ = ["TrainingError", "resume", "train"]
 
 
 def fit(session: Session, stop: Stop) -> bool:
-    """Train from where the session stands; return whether the end was reached."""
+    """Train from where the session stands; return whether the end was reached, or enough found."""
     setting = session.setting
     setting.module.train()
     session.settle()  # what the checkpoint left open
-    while session.position.epoch < setting.recipe.epochs:
+    while not session.ended():
         for inputs, targets in session.batches():
             setting.set_lr(session.position.step)
             step(session, inputs, targets)
             if session.after_step(stop):
                 return False
+            if session.ended():
+                break
     return True
 
 
@@ -75,6 +78,7 @@ def train(
     strategy: Strategy | None = None,
     trackers: Sequence[Tracker] = (),
     draw: bool = False,
+    start: Start | None = None,
 ) -> Run:
     """Train a recipe and return its run folder.
 
@@ -88,6 +92,7 @@ def train(
         strategy: How the processes that torchrun started share the work: "ddp" or "fsdp2".
         trackers: Hear of every value; any logger of Lightning will do.
         draw: Also write curves for TensorBoard into the run folder.
+        start: What to begin with instead of a fresh model.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: As :func:`prepare`; nothing has been written.
@@ -101,7 +106,7 @@ def train(
         check_tensorboard()
     with engine_for(recipe.precision, device=device, strategy=strategy) as engine:
         with explained(recipe, engine):
-            setting = prepare(recipe, engine, data_root=data_root, download=download)
+            setting = prepare(recipe, engine, data_root=data_root, download=download, start=start)
         run = engine.on_first(lambda: new_run(setting, out, data_root))
         with owned(run, engine):
             watching = watching_of(run, engine, reporter, trackers, draw=draw, step=0)
@@ -147,7 +152,7 @@ def resume(
     """
     run = Run(FilePath(folder))
     recipe = validate_recipe(run.read_recipe(), origin=str(run.recipe))
-    before = run.read_environment()
+    before, start = run.read_environment(), load_start(run)
     if draw:
         check_tensorboard()
     reporter, trained_on = reporter or Silent(), before.get("engine")
@@ -165,11 +170,11 @@ def resume(
         if engine.on_first(lambda: _is_finished(run)):  # while we waited for the lock
             return run
         with explained(recipe, engine):
-            setting = prepare(recipe, engine, data_root=data_root)
+            setting = prepare(recipe, engine, data_root=data_root, start=start)
         checkpoint = engine.on_first(lambda: find_checkpoint(run, engine, trusted=trust_checkpoint))
-        start = checkpoint.step if checkpoint else 0
-        watching = watching_of(run, engine, reporter, trackers, draw=draw, step=start)
-        watching.reporter.say(f"resuming {run.folder} after step {start}")
+        done = checkpoint.step if checkpoint else 0
+        watching = watching_of(run, engine, reporter, trackers, draw=draw, step=done)
+        watching.reporter.say(f"resuming {run.folder} after step {done}")
         if checkpoint is not None and engine.first:
             compare(checkpoint.facts["engine"], setting.facts)
         _go(setting, engine, watching, checkpoint, on_nan)
@@ -191,13 +196,14 @@ def _go(
             with (
                 explained(recipe, engine),
                 flushed_denormals(),
-                seeded((recipe.seed, engine.rank), engine.device),
+                seeded((recipe.seed_of_order, engine.rank), engine.device),
             ):
                 session = Session(setting, engine, watching, checkpoint, on_nan)
                 title = f"{recipe.name}: {recipe.epochs} epochs, {setting.total_steps:,} steps"
                 done = session.position.step
                 watching.reporter.start(f"{title} -> {run.folder}", setting.total_steps, done)
-                watching.reporter.say(setting.steering.describe())
+                if setting.steering is not None:
+                    watching.reporter.say(setting.steering.describe())
                 finished = fit(session, stop)
                 facts = session.finish() if finished else {"step": session.position.step}
                 if finished and engine.first:

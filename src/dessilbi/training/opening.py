@@ -28,13 +28,18 @@ def new_run(setting: Setting, out: str | FilePath | None, data_root: str | FileP
         "data": None if data_root is None else str(FilePath(data_root).absolute()),
     }
     # Built once more, because the one in use may be on another device, and cut in parts.
-    initial = whole(model_of(setting.recipe, setting.data).state_dict())
+    start = setting.start
+    if start is None:
+        initial = whole(model_of(setting.recipe, setting.data).state_dict())
+    else:
+        initial = whole(start.weights)
     place = FilePath("runs") / setting.recipe.name if out is None else FilePath(out)
     names = Run(place)
     files = {
         names.recipe.name: as_json(setting.recipe.model_dump()),
         names.environment.name: as_json(facts),
         names.init.name: safetensors.torch.save(initial),
+        **(start.files(names) if start is not None else {}),
     }
     files[names.checksums.name] = seal_of(files).content()
     files[names.status.name] = as_json(status_of("running"))

@@ -117,7 +117,7 @@ class MovingRecipe(_Part):
     kappa: Points = ()
 
 
-class _MaskedTraining(_Part):
+class MaskedTraining(_Part):
     """SGD on the living weights of a ticket; dead ones stay zero."""
 
     momentum: NonNegative = 0.9
@@ -125,7 +125,7 @@ class _MaskedTraining(_Part):
     weight_decay: NonNegative = 0.0
 
 
-class FinetuneRecipe(_MaskedTraining):
+class FinetuneRecipe(MaskedTraining):
     """Masked training that goes on from the trained weights."""
 
     epochs: Annotated[int, Field(ge=0)] = 2
@@ -133,12 +133,26 @@ class FinetuneRecipe(_MaskedTraining):
     schedule: ScheduleRecipe = ScheduleRecipe(kind="cosine")
 
 
-class RetrainRecipe(_MaskedTraining):
+class RetrainRecipe(MaskedTraining):
     """Masked training that starts again from the initialisation of the run."""
 
     epochs: Annotated[int, Field(ge=1)]
     lr: Positive
     schedule: ScheduleRecipe = ScheduleRecipe()
+
+
+class StopRecipe(_Part):
+    """When a search has found its ticket; see :func:`~dessilbi.settling.settled`.
+
+    ``window``: recorded points; ``tolerance``: how far the support may move over it; ``gain``: how
+    much the ticket's validation accuracy may rise over it, as a fraction; ``gap``: how far it may
+    lie below that of W.
+    """
+
+    window: Annotated[int, Field(ge=1)] = 10
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.05
+    gain: Annotated[float, Field(ge=0, le=1)] = 0.002
+    gap: Annotated[float, Field(ge=0, le=1)] = 0.02
 
 
 class Recipe(_Part):
@@ -153,6 +167,7 @@ class Recipe(_Part):
     How:
         ``batch_size``: samples of one step, over all processes; ``accumulate`` cuts them into so
         many pieces that pass one after the other. ``clip_norm``: the largest norm of the gradient.
+        ``order_seed``: of the order of samples, by default ``seed``.
         ``structure``: glob of parameter names -> structure or table of group options, see
         param_groups. ``coupled``: filters that meet in a sum live or die together.
         ``moving``: schedules of 1/nu, lambda and kappa.
@@ -167,6 +182,8 @@ class Recipe(_Part):
         ``points``: of the path, about; ``judged``: how many of them are judged for accuracy, by
         default what a tenth of the training's cost allows. ``checkpoint_every``: epochs, also
         fractions of one; ``keep_checkpoints``: the latest so many, and the best beside them.
+        ``rewind_at``: epochs after which the weights are kept to rewind tickets to. ``stop``: end
+        the search when its ticket has been found.
     With what:
         ``precision`` of the forward pass, ``compile`` the model, ``workers`` that decode images.
     """
@@ -185,12 +202,15 @@ class Recipe(_Part):
     accumulate: Annotated[int, Field(ge=1)] = 1
     clip_norm: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    order_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     validation: Annotated[int, Field(ge=1)]
     points: Annotated[int, Field(ge=1)] = 100
     judged: Annotated[int, Field(ge=1)] | None = None
     checkpoint_every: Positive = 1.0
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     on_nan: Literal["stop", "skip"] = "stop"
+    rewind_at: Positive = 1.0
+    stop: StopRecipe | None = None
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     compile: bool = False
     workers: Annotated[int, Field(ge=0)] = 2
@@ -236,6 +256,11 @@ class Recipe(_Part):
             raise ValueError("lam cannot follow a schedule and a density: leave one of them out")
         return value
 
+    @property
+    def seed_of_order(self) -> int:
+        """What decides the order of samples."""
+        return self.seed if self.order_seed is None else self.order_seed
+
     @field_validator("accumulate")
     @classmethod
     def _divides(cls, value: int, info: ValidationInfo) -> int:
@@ -265,10 +290,18 @@ def load_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
     >>> load_recipe("digits-lenet", ["optimizer.nu=50"]).optimizer.nu
     50.0
     """
-    values = _read(name)
+    return validate_recipe(assigned(_read(name), assignments), origin=name)
+
+
+def assigned(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Set "key=value" texts on top of plain values, in place, and return them.
+
+    Raises:
+        RecipeError: A text is not of that form.
+    """
     for assignment in assignments:
         _assign(values, assignment)
-    return validate_recipe(values, origin=name)
+    return values
 
 
 def validate_recipe(values: dict[str, Any], *, origin: str) -> Recipe:
@@ -315,46 +348,6 @@ def _fields_of(field: str) -> str:
 
 def _is_part(annotation: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def to_toml(recipe: Recipe) -> str:
-    """Return a recipe as the text of a file of one's own, every value written out.
-
-    What has no value is left out. It reads back as the same recipe.
-    """
-    import tomli_w
-
-    values = recipe.model_dump()
-    rules = values.pop("structure")
-    return tomli_w.dumps(_without_none(values) | {"structure": _told_rules(rules)})
-
-
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if value is not None
-    }
-
-
-def _told_rules(rules: dict[str, Any]) -> dict[str, Any]:
-    """Write rules in the words that ``_rules`` reads, in their order: the first match decides."""
-    told = {pattern: _told_rule(rule) for pattern, rule in rules.items()}
-    if not any(isinstance(rule, dict) for rule in told.values()):
-        return told
-    # TOML writes tables last, so either all are tables or none.
-    return {
-        pattern: rule if isinstance(rule, dict) else {"structure": rule}
-        for pattern, rule in told.items()
-    }
-
-
-def _told_rule(rule: Any) -> Any:
-    if isinstance(rule, dict):
-        return {key: _told_rule(value) for key, value in rule.items()}
-    if isinstance(rule, list | tuple):
-        return ["all" if length is None else length for length in rule]
-    return "none" if rule is None else rule
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -17,11 +17,8 @@ import safetensors.torch
 from torch import Tensor
 
 from dessilbi.history import History
-from dessilbi.monitors import coupling_gap
-from dessilbi.path import Path
 from dessilbi.runs import Run
-from dessilbi.scores import save_scores
-from dessilbi.sealing import reopen_seal
+from dessilbi.sealing import add_to_seal, reopen_seal
 from dessilbi.storage import (
     DamagedFileError,
     check_begins,
@@ -34,12 +31,12 @@ from dessilbi.storage import (
 from dessilbi.training.checkpoints import Checkpoint, Checkpoints, usable
 from dessilbi.training.engine import Engine
 from dessilbi.training.guards import Guard, OnNan
-from dessilbi.training.judging import Judge
 from dessilbi.training.position import Clock, Position, Totals, position_of
 from dessilbi.training.randomness import random_states, set_random_states
 from dessilbi.training.setting import Setting
 from dessilbi.training.state import restore, templates, tensors_of, whole
 from dessilbi.training.stopping import Stop
+from dessilbi.training.tracing import PathTrace, trace_of
 from dessilbi.training.watching import Watching
 
 PATIENCE = 10  # steps between questions that all processes, or an accelerator, must answer
@@ -66,28 +63,20 @@ class Session:
     ):
         recipe, run = setting.recipe, watching.run
         self.setting, self.engine, self.run, self.watching = setting, engine, run, watching
-        self.judge = Judge(setting, engine)
         self.checkpoints = Checkpoints(run.checkpoints, engine, keep=recipe.keep_checkpoints)
         self.clock, self.totals, self.position = Clock(), Totals(engine.device), Position()
         self.on_nan: OnNan = on_nan or _said(checkpoint) or recipe.on_nan
         with usable(checkpoint):
-            if (
-                checkpoint is not None and "steering" in checkpoint.facts
-            ):  # else of an older version
-                setting.steering.load_state_dict(checkpoint.facts["steering"])
-            self.path = Path(
-                setting.optimizer,
-                every=self.judge.every,
-                total_time=setting.total_time,
-                file=run.path if engine.first else None,
-                resume=checkpoint.facts["path"] if checkpoint else None,
-            )
+            told = checkpoint.facts.get("steering") if checkpoint else None  # older ones had none
+            if told and setting.steering is not None:
+                setting.steering.load_state_dict(told)
+            self.trace = trace_of(setting, engine, watching, self.clock, checkpoint)
             if checkpoint is not None:
                 self._restore(checkpoint)
-            self._seen = int(checkpoint.facts["seen"]) if checkpoint else 0  # latest point told of
-        self._told: dict[str, float] = {}
+        self.judge = self.trace.judge
         self._began = time.monotonic() - self.position.seconds
         self._save_every = max(1, round(recipe.checkpoint_every * setting.steps_per_epoch))
+        self._early = max(1, round(recipe.rewind_at * setting.steps_per_epoch))
         self.guard = Guard(
             setting,
             engine,
@@ -113,6 +102,8 @@ class Session:
         tensors = checkpoint.tensors(lambda listed: templates(model, optimizer, listed))
         restore(model, optimizer, tensors)
         self.position = position_of(checkpoint.facts["position"])
+        if self.position.step:
+            self.setting.set_lr(self.position.step - 1)  # told where an epoch is closed only now
         if self.engine.scaler is not None and checkpoint.facts["scaler"]:
             self.engine.scaler.load_state_dict(checkpoint.facts["scaler"])
         ranks = checkpoint.ranks
@@ -129,7 +120,7 @@ class Session:
         left = self.setting.data.train.batches(
             position.epoch,
             batch_size=recipe.batch_size,
-            seed=recipe.seed,
+            seed=recipe.seed_of_order,
             start=position.batch,
             rank=self.engine.rank,
             world_size=self.engine.world_size,
@@ -144,6 +135,8 @@ class Session:
         """
         self.position.step += 1
         self.position.batch += 1
+        if self.position.step == self._early:
+            self._keep_early()
         to_save = self.position.step % self._save_every == 0
         to_look = self.guard.watchful or self.position.step % PATIENCE == 0
         asked = (to_look or to_save or self._epoch_is_over) and self._look_around(stop)
@@ -155,15 +148,28 @@ class Session:
 
     def settle(self) -> bool:
         """Judge the point and close the epoch that the latest step completed; return if it did."""
-        path, due = self.path, self._epoch_is_over
-        if path.step % self.judge.every == 0 and path.step != self._seen:
-            self._at_point()
+        due = self._epoch_is_over
+        if self.trace.look(self.totals):
             due = True
         setting = self.setting
-        setting.steering.look(self.position.step, setting.model, setting.data, self.engine)
+        if setting.steering is not None:
+            setting.steering.look(self.position.step, setting.model, setting.data, self.engine)
         if self._epoch_is_over:
             self._close_epoch()
         return due
+
+    def ended(self) -> bool:
+        """Whether all epochs are over, or a run that may stop before that has found its ticket."""
+        return self.position.epoch >= self.setting.recipe.epochs or self.trace.settled is not None
+
+    def _keep_early(self) -> None:
+        """Keep the weights to rewind to; a run without a path is not rewound."""
+        if isinstance(self.trace, PathTrace):
+            with self.clock.of("saving"):
+                weights = whole(self.setting.model.state_dict())
+                if self.engine.first:
+                    write_atomic(self.run.early, safetensors.torch.save(weights))
+                    add_to_seal(self.run.early)
 
     @property
     def _epoch_is_over(self) -> bool:
@@ -178,45 +184,27 @@ class Session:
             stop.tell()
         return asked
 
-    def _at_point(self, *, final: bool = False) -> None:
-        """Judge the point that was just recorded, if it is one to judge, and tell."""
-        path, optimizer = self.path, self.setting.optimizer
-        self._seen = path.step
-        facts: dict[str, float] = {"epoch": path.step / self.setting.steps_per_epoch}
-        if final or self.judge.wants(path.step):
-            with self.clock.of("judging"):
-                facts |= self.judge.at_point(path.step)
-            self._told["acc"] = facts["val_accuracy"]
-        path.log(**facts)
-        self._told |= {"loss": self.totals.loss, "density": path.points[-1].density}
-        curves: dict[str, float] = {}
-        if self.engine.any(bool(self.watching.trackers))[0]:
-            curves = {name: value for name, value in facts.items() if "accuracy" in name}
-            curves = {f"accuracy/{name}": value for name, value in curves.items()}
-            layers = path.support(step=path.step).densities()
-            curves |= {f"density/{name}": value for name, value in layers.items()}
-            curves |= {"density": self._told["density"], "path_time": path.time}
-            curves |= {"coupling": coupling_gap(optimizer)}
-            curves |= {"lr": float(optimizer.param_groups[0]["lr"])}
-        self.watching.point(path.step, self._told, curves)
-
     def _close_epoch(self) -> None:
         """Write down what an epoch came to, and begin the next."""
-        position, path = self.position, self.path
+        position, trace = self.position, self.trace
         with self.clock.of("judging"):
-            validation = self.judge.validation(path.step)
+            validation = self.judge.validation(trace.step)
         loss, correct, answers = self.engine.totals(self.totals.read())
+        whole_epoch = self._epoch_is_over
         position.epoch, position.batch = position.epoch + 1, 0
+        epoch = position.epoch if whole_epoch else position.step / self.setting.steps_per_epoch
         mean = loss / answers if answers else math.nan  # every step was passed over
-        self.setting.steering.hear(position.epoch, mean, first=self.engine.first)
-        place = {"epoch": position.epoch, "step": path.step}
+        steering = self.setting.steering
+        if steering is not None and whole_epoch:
+            steering.hear(position.epoch, mean, first=self.engine.first)
+        place = {"epoch": epoch, "step": trace.step}
         metrics = {
-            "time": path.time,
+            "time": trace.time,
             "loss": mean,
             "train_accuracy": correct / answers if answers else math.nan,
             "val_accuracy": validation,
             "lr": float(self.setting.optimizer.param_groups[0]["lr"]),
-        } | self.setting.steering.metrics()
+        } | (steering.metrics() if steering is not None else {})
         if self.on_nan == "skip":
             metrics["skipped"], position.skipped = position.skipped, 0
         times = {name: round(seconds, 4) for name, seconds in self.clock.lap().items()}
@@ -233,49 +221,43 @@ class Session:
             totals = {"sums": self.totals.read(), "loss": self.totals.loss}
             own = {"random": random_states(engine.device), "totals": totals}
             ranks = engine.gather(own)
-            score = self.judge.validation(self.path.step) if self.position.batch == 0 else None
+            score = self.judge.validation(self.trace.step) if self.position.batch == 0 else None
             facts: dict[str, Any] = {
                 "step": self.position.step,
                 "score": score,
                 "position": asdict(self.position),
-                "seen": self._seen,
+                **self.trace.facts(),
                 "engine": setting.facts,
-                "steering": setting.steering.state_dict(),
+                "steering": setting.steering.state_dict() if setting.steering else None,
                 "on_nan": self.on_nan,
                 "samples": self._samples,
                 "scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
             }
             if engine.first:
-                facts["path"] = self.path.state_dict()
                 facts["logs"] = {log.name: length_of(log) for log in logs_of(self.run)}
             self.checkpoints.save(tensors, facts, ranks)
 
-    def finish(self) -> dict[str, float]:
-        """Judge the end of the path, write the final files, and return the outcome."""
-        path, run = self.path, self.run
-        self.setting.steering.finish()
-
-        def open_ends() -> tuple[bool, bool]:
-            at_end = bool(path.points) and path.points[-1].step == path.step
-            return not at_end, not (at_end and "accuracy" in path.points[-1].metrics)
-
-        to_record, to_judge = self.engine.on_first(open_ends)
-        if to_record:
-            path.record()
-        if to_judge:
-            self._at_point(final=True)
+    def finish(self) -> dict[str, Any]:
+        """Judge the end, write the final files, and return the outcome."""
+        if self.position.batch:  # stopped inside an epoch
+            self._close_epoch()
+        if self.setting.steering is not None:
+            self.setting.steering.finish()
+        told = self.trace.finish(self.totals)
         weights = whole(self.setting.model.state_dict())
-        scores = path.scores()
         if self.engine.first:
-            write_atomic(run.model, safetensors.torch.save(weights))
-            save_scores(scores, run.scores)
-        last = path.points[-1] if path.points else None
-        return {
-            "steps": path.step,
-            "seconds": time.monotonic() - self._began,
-            "accuracy": last.metrics["accuracy"] if last else 0.0,
-            "density": last.density if last else 0.0,
-        }
+            write_atomic(self.run.model, safetensors.torch.save(weights))
+        seconds = time.monotonic() - self._began
+        return {"steps": self.trace.step, "seconds": seconds, **told, **self._stopped()}
+
+    def _stopped(self) -> dict[str, Any]:
+        """What a run that was to stop by itself says of it."""
+        if self.setting.recipe.stop is None:
+            return {}
+        found, setting = self.trace.settled, self.setting
+        epochs = self.position.step / setting.steps_per_epoch
+        told = {"epochs": epochs, "epochs_saved": setting.recipe.epochs - epochs}
+        return told | {"settled": asdict(found) if found is not None else None}
 
 
 def find_checkpoint(run: Run, engine: Engine, *, trusted: bool = False) -> Checkpoint | None:
@@ -298,13 +280,14 @@ def find_checkpoint(run: Run, engine: Engine, *, trusted: bool = False) -> Check
         check_logs(run, checkpoint)
         for log in logs_of(run):
             cut_back(log, checkpoint.facts["logs"][log.name]["bytes"])
-        cut_back(run.path, checkpoint.facts["path"]["file"]["bytes"])
+        if "file" in checkpoint.facts["path"]:
+            cut_back(run.path, checkpoint.facts["path"]["file"]["bytes"])
 
     check_unlinked(run.folder)
     store = Checkpoints(run.checkpoints, engine, keep=1)
     store.sweep()
     reopen_seal(run.folder)
-    sweep(run.folder, [f.name for f in (*run.final_files, run.status, run.checksums)])
+    sweep(run.folder, [f.name for f in (*run.final_files, run.early, run.status, run.checksums)])
     checkpoint = store.newest(fits, trusted=trusted)
     if checkpoint is None:
         for file in (run.metrics, run.times, run.path):
@@ -332,6 +315,7 @@ def check_logs(run: Run, checkpoint: Checkpoint) -> None:
         for log in logs_of(run):
             length = checkpoint.facts["logs"][log.name]
             check_begins(log, int(length["bytes"]), int(length["crc"]))
-        History.check_position(run.path, checkpoint.facts["path"]["file"])
+        if (file := checkpoint.facts["path"].get("file")) is not None:  # else there is no path
+            History.check_position(run.path, file)
     except (KeyError, TypeError) as error:
         raise DamagedFileError(f"the checkpoint {checkpoint.folder} lacks {error}") from None

@@ -8,12 +8,14 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from dessilbi import dual
 from dessilbi.optimizer import DessiLBI
 from dessilbi.training.data import Data
 from dessilbi.training.engine import Engine
 from dessilbi.training.ingredients import data_of, groups_of, model_of
 from dessilbi.training.recipes import OptimizerRecipe, Recipe, RecipeError
 from dessilbi.training.schedules import multiplier, optimizer_of, path_time
+from dessilbi.training.starting import Start
 from dessilbi.training.steering import Steering
 from dessilbi.wrapping import Wrapped, wrap
 
@@ -30,7 +32,8 @@ class Setting:
         optimizer: The optimizer itself.
         stepper: What to step: the optimizer as the engine adopted it.
         engine: Where it runs.
-        steering: What moves lambda, nu and kappa.
+        steering: What moves lambda, nu and kappa; None where nothing has a structure.
+        start: What it begins with, where that is not a fresh model; its ticket is enforced.
     """
 
     recipe: Recipe
@@ -40,7 +43,8 @@ class Setting:
     optimizer: DessiLBI | Wrapped
     stepper: Optimizer
     engine: Engine
-    steering: Steering
+    steering: Steering | None
+    start: Start | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -77,6 +81,7 @@ def prepare(
     *,
     data_root: str | FilePath | None = None,
     download: bool = False,
+    start: Start | None = None,
 ) -> Setting:
     """Load the data and build model and optimizer.
 
@@ -88,18 +93,21 @@ def prepare(
     if download:
         engine.on_first(lambda: data_of(recipe, root=data_root, download=True) and None)
     data = data_of(recipe, root=data_root)
-    model = model_of(recipe, data)
+    model = model_of(recipe, data) if start is None else start.build(recipe, data)
     try:
         _check_batches(recipe, data, engine)
         groups = groups_of(recipe, model, data)
         module = engine.place(model, compiled=recipe.compile)
         total_steps = recipe.epochs * data.train.steps_per_epoch(recipe.batch_size)
         optimizer = build_optimizer(_placed(groups, model), optimizer_of(recipe, total_steps))
-        steering = Steering(recipe, optimizer, total_steps)
+        structured = bool(dual.members(optimizer))
+        steering = Steering(recipe, optimizer, total_steps) if structured else None
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
     adopted = engine.adopt(optimizer)
-    return Setting(recipe, data, model, module, optimizer, adopted, engine, steering)
+    if start is not None and start.ticket is not None:
+        start.ticket.enforce(model, optimizer)
+    return Setting(recipe, data, model, module, optimizer, adopted, engine, steering, start)
 
 
 def _check_batches(recipe: Recipe, data: Data, engine: Engine) -> None:
