@@ -75,7 +75,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss (scaled under fp16)."""
         if self._plain:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         else:
             self.fabric.backward(loss)
 
@@ -215,11 +215,12 @@ def _meet_again(backend: str) -> None:
 
     torchrun's store still holds the addresses of the attempt before, so they meet under a prefix.
     """
-    from torch.distributed import distributed_c10d as c10d
+    from torch.distributed import distributed_c10d
+    from torch.distributed.rendezvous import rendezvous
 
-    store, rank, world = next(c10d.rendezvous("env://"))
-    own = c10d.PrefixStore(f"attempt-{num_restarts()}", store)
-    c10d.init_process_group(backend, store=own, rank=rank, world_size=world)
+    store, rank, world = next(rendezvous("env://"))
+    own = distributed_c10d.PrefixStore(f"attempt-{num_restarts()}", store)
+    torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=world)
 
 
 def _device(asked: str, here: int) -> str:
