@@ -75,7 +75,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss (scaled under fp16)."""
         if self._plain:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         else:
             self.fabric.backward(loss)
 
