@@ -164,7 +164,8 @@ def test_what_reads_a_run_refuses_a_damaged_file(run):
 def test_the_list_is_closed_at_the_end_and_opened_before_anything_changes(run):
     seal = read_seal(run.folder)
     assert set(seal.final) == {file.name for file in run.final_files}
-    assert set(seal.constant) == {"recipe.json", "environment.json", "init.safetensors"}
+    never_changes = {"recipe.json", "environment.json", "init.safetensors", "early.safetensors"}
+    assert set(seal.constant) == never_changes
     reopen_seal(run.folder)
     assert read_seal(run.folder).final is None
     check_sealed(run.model)  # nothing is claimed of it any more
