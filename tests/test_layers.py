@@ -38,6 +38,7 @@ ORDER = [
     "levels",  # the lambda above which a wanted share lies
     "targets",  # ... and what it will have to be at the end
     "calibration",  # DensityControl
+    "pathlines",  # what the lines of a path's file hold
     "history",  # recorded points and their file
     "scores",  # how much each block weighs
     "hints",  # early warnings
@@ -46,6 +47,7 @@ ORDER = [
     "closing",  # a ticket extended to what hangs on it
     "cutting",  # kept indices, applied to tensors and modules
     "counting",  # multiply-accumulates of one sample
+    "widening",  # indices that come again where a unit gets wider
     "costs",  # what a cut leaves, in numbers
     "choosing",  # the closed family of one ranking, and the largest within a budget
     "controls",  # random tickets as sparse as another, layer by layer
@@ -63,7 +65,8 @@ ORDER = [
     "compaction",
     "planning",  # the dry run of param_groups
     "measuring",  # members chosen by latency and accuracy
-    "growth",
+    "planting",  # other widths, and values for what is new
+    "growth",  # wider units, the same function
     "exporting",
     "manifest",  # the JSON file of a saved compact model
     "training",

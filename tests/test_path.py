@@ -19,8 +19,8 @@ from torch.testing import assert_close
 
 from dessilbi import DessiLBI, Path
 from dessilbi.history import NEVER
-from dessilbi.path import ORDERS
 from dessilbi.runs import Run
+from dessilbi.scores import ORDERS
 
 FILTERS = torch.linspace(0.3, 2.0, 6).unsqueeze(1) * torch.randn(
     6, 4, generator=torch.Generator().manual_seed(1)

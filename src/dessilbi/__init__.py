@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dessilbi.compaction import compact as compact
     from dessilbi.exporting import export as export
     from dessilbi.groups import param_groups as param_groups
+    from dessilbi.growth import Grown as Grown
+    from dessilbi.growth import grow as grow
     from dessilbi.optimizer import DessiLBI as DessiLBI
     from dessilbi.path import Path as Path
     from dessilbi.planning import Plan as Plan
@@ -29,12 +31,14 @@ _PUBLIC = {
     "Compacted": "dessilbi.compaction",
     "DensityControl": "dessilbi.calibration",
     "DessiLBI": "dessilbi.optimizer",
+    "Grown": "dessilbi.growth",
     "Path": "dessilbi.path",
     "Plan": "dessilbi.planning",
     "Ticket": "dessilbi.ticket",
     "close": "dessilbi.compaction",
     "compact": "dessilbi.compaction",
     "export": "dessilbi.exporting",
+    "grow": "dessilbi.growth",
     "load_compact": "dessilbi.saving",
     "param_groups": "dessilbi.groups",
     "plan": "dessilbi.planning",

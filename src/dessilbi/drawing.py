@@ -15,9 +15,9 @@ from dessilbi.costs import Cost, CostModel
 from dessilbi.graph import read_graph
 from dessilbi.history import NEVER
 from dessilbi.measuring import choose_by_drop, choose_by_latency
-from dessilbi.path import ORDERS, Order, Path
+from dessilbi.path import Order, Path
 from dessilbi.runs import Run
-from dessilbi.scores import Scores, block_scores
+from dessilbi.scores import ORDERS, Scores, block_scores
 from dessilbi.sealing import check_sealed
 from dessilbi.settling import settled, why_not
 from dessilbi.tensorfiles import load_tensors
@@ -26,6 +26,7 @@ from dessilbi.training.checkpoints import Checkpoints
 from dessilbi.training.data import Data
 from dessilbi.training.engine import engine_for
 from dessilbi.training.evaluation import accuracy, masked
+from dessilbi.training.finetune import sizes_of
 from dessilbi.training.ingredients import data_of
 from dessilbi.training.recipes import Recipe, RecipeError, validate_recipe
 from dessilbi.training.setting import prepare
@@ -146,8 +147,10 @@ class Drawer:
         self._start = load_start(run)
         self.data, self._missing = _data_or_shape(self.recipe, data_root)
         file = run.model if run.model.is_file() else run.init
+        if self.recipe.grow is not None and file != run.model:
+            raise FileNotFoundError(f"{run.folder} has not finished to grow: let it finish")
         check_sealed(file)
-        model = built(self.recipe, self.data, self._start)
+        model = built(self.recipe, self.data, self._start, sizes_of(run))
         self.model: nn.Module = filled(model, load_tensors(file), file)
         self.example: Tensor = self.data.blank()
         if self._missing is None:
@@ -287,6 +290,11 @@ class Drawer:
         """The scores of the blocks when a checkpoint was saved."""
         if self._missing is not None:
             raise self._missing
+        if self.recipe.grow is not None:
+            raise ValueError(
+                f"{self.run.folder} grew, and its checkpoints have other widths than its end: "
+                f"choose by a budget at the end, or by step, epoch or --early alone"
+            )
         with engine_for(device="cpu") as engine:
             checkpoint = Checkpoints(self.run.checkpoints, engine, keep=1).at(step)
             if checkpoint.facts["listed"] is not None:

@@ -48,20 +48,36 @@ def check_follows(optimizer: Optimizer, model: nn.Module, cuts: Cuts) -> None:
             "before, and watch the smaller model with Path(small.optimizer, after=path)",
             stacklevel=3,
         )
+    _check_params(optimizer, names, "compact")
+    _check_state(optimizer, names, cuts, "compact")
+    _check_structures(optimizer, names, cuts)
+
+
+def check_grows(optimizer: Optimizer, model: nn.Module, cuts: Cuts) -> None:
+    """Refuse what cannot go on with a wider model, before anything is done.
+
+    Raises:
+        ValueError: The optimizer trains something else, or its state is not made of tensors shaped
+            like the parameters.
+    """
+    names = _names(model)
+    _check_params(optimizer, names, "grow")
+    _check_state(optimizer, names, cuts, "grow")
+
+
+def _check_params(optimizer: Optimizer, names: Mapping[Tensor, str], what: str) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             if is_sharded(param):
                 raise ValueError(
-                    "this optimizer trains sharded parameters: compact on one process, from a "
-                    "gathered checkpoint, and shard the smaller model"
+                    f"this optimizer trains sharded parameters: {what} on one process, from a "
+                    f"gathered checkpoint, and shard the other model"
                 )
             if param not in names:
                 raise ValueError(
                     f"this optimizer also trains a parameter of shape {tuple(param.shape)} that "
                     f"is not in the model: pass the optimizer that trains this model alone"
                 )
-    _check_state(optimizer, names, cuts)
-    _check_structures(optimizer, names, cuts)
 
 
 def _names(model: nn.Module) -> dict[Tensor, str]:
@@ -76,7 +92,7 @@ def _layers(optimizer: Optimizer) -> Iterator[Optimizer]:
         yield base
 
 
-def _check_state(optimizer: Optimizer, names: Mapping[Tensor, str], cuts: Cuts) -> None:
+def _check_state(optimizer: Optimizer, names: Mapping[Tensor, str], cuts: Cuts, what: str) -> None:
     for layer in _layers(optimizer):
         kind = type(layer).__name__
         for param, state in layer.state.items():
@@ -87,8 +103,8 @@ def _check_state(optimizer: Optimizer, names: Mapping[Tensor, str], cuts: Cuts) 
             if not fits or (isinstance(layer, LBFGS) and cuts):
                 raise ValueError(
                     f"the state that {kind} keeps of {names.get(param)} does not belong to single "
-                    f"weights, so it cannot be cut: compact without optimizer= and build a new "
-                    f"{kind} for the smaller model"
+                    f"weights, so it cannot be cut: {what} without optimizer= and build a new "
+                    f"{kind} for the other model"
                 )
 
 
@@ -147,7 +163,13 @@ def _torn(member: dual.Member, name: str, what: str) -> ValueError:
 
 
 def follow(
-    optimizer: Optimizer, model: nn.Module, small: nn.Module, cuts: Cuts, ticket: Ticket
+    optimizer: Optimizer,
+    model: nn.Module,
+    small: nn.Module,
+    cuts: Cuts,
+    ticket: Ticket | None,
+    *,
+    born: Mapping[str, Tensor] | None = None,
 ) -> Optimizer:
     """Return an optimizer like ``optimizer`` that trains ``small`` from where it stands.
 
@@ -163,32 +185,39 @@ def follow(
         model: The big model.
         small: The smaller model, its parameters named as in ``model``.
         cuts: What stays of every tensor of ``model``.
-        ticket: What is dead in ``small``.
+        ticket: What is dead in ``small``; None: nothing but what is enforced.
+        born: Masks, in the new shapes, of entries that are new where ``small`` is a wider model:
+            their state starts at 0, and nothing enforced holds them.
 
     Raises:
         ValueError: There is no group for an added bias.
     """
-    names = _names(model)
+    names, born = _names(model), born or {}
+
+    def moved(value: Tensor, name: str) -> Tensor:
+        part = cut_tensor(value, cuts.get(name, ()))
+        return part.masked_fill_(born[name].to(part.device), 0) if name in born else part
+
     small_names = tensor_names(small)
     targets = {small_names[name]: param for name, param in small.named_parameters()}
     memo: dict[int, Any] = {}
     for param, name in names.items():
         memo[id(param)] = targets[name]
         if param.grad is not None and not param.grad.is_sparse:
-            targets[name].grad = cut_tensor(param.grad, cuts.get(name, ()))
+            targets[name].grad = moved(param.grad, name)
     for layer in _layers(optimizer):
         waiting = getattr(layer, "_waiting", {}).items()
         own = [(p, v) for p, state in layer.state.items() for v in tree_leaves(state)]
         for param, value in (*own, *waiting):
             fits = isinstance(value, Tensor) and param in names and value.shape == param.shape
             if fits and id(value) not in memo:
-                memo[id(value)] = cut_tensor(value, cuts.get(names[param], ()))
+                memo[id(value)] = moved(value, names[param])
     new = _copied(optimizer, memo)
     _add_biases(new, targets, set(names.values()))
     for old, fresh in zip(_layers(optimizer), _layers(new), strict=True):
         _CAME_FROM[fresh] = ref(old)
         _carry_hooks(old, fresh)
-    _enforce(optimizer, new, names, targets, cuts, ticket)
+    _enforce(optimizer, new, names, targets, cuts, ticket, born)
     return new
 
 
@@ -244,15 +273,18 @@ def _enforce(
     names: Mapping[Tensor, str],
     targets: Mapping[str, nn.Parameter],
     cuts: Cuts,
-    ticket: Ticket,
+    ticket: Ticket | None,
+    born: Mapping[str, Tensor],
 ) -> None:
-    """Keep dead in the smaller model what is dead in the big one and was not cut off."""
-    alive = {name: ticket.mask_of(name) for name in ticket}
+    """Keep dead in the new model what is dead in the old one and was not cut off."""
+    alive = {name: ticket.mask_of(name) for name in ticket} if ticket is not None else {}
     for layer in _layers(old):
         for enforced in enforcements(layer):
             for param, mask in enforced.masks.items():
                 if (name := names.get(param)) is not None:
                     smaller = cut_tensor(mask, cuts.get(name, ()))
+                    if name in born:
+                        smaller |= born[name]
                     alive[name] = alive.get(name, torch.ones_like(smaller)) & smaller
     trained = {p for group in new.param_groups for p in group["params"]}
     masks = {
@@ -280,7 +312,7 @@ def adopt(scheduler: Scheduler, optimizer: Optimizer) -> Scheduler:
     if old is None or new is None:
         raise ValueError(
             f"this {type(scheduler).__name__} drives another optimizer than the one that was "
-            f"given to compact: pass the scheduler of that one"
+            f"given along: pass the scheduler of that one"
         )
     try:
         adopted = copy.deepcopy(scheduler, {id(old): new})

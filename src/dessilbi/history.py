@@ -8,7 +8,7 @@ is JSON lines, only ever appended to: a header, then points, logs and thinnings 
 import base64
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -17,6 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dessilbi.pathlines import (
+    Point,
+    Takes,
+    line_checksum,
+    number_or_word,
+    plain_metric,
+    read_specs,
+    reshaping,
+    taken,
+)
 from dessilbi.storage import (
     DamagedFileError,
     append_line,
@@ -24,7 +34,6 @@ from dessilbi.storage import (
     cut_back,
     from_number,
     read_lines,
-    to_json,
     told_by,
 )
 from dessilbi.ticket import TensorSpec, pack_bits, unpack_bits
@@ -52,24 +61,8 @@ Bytes = npt.NDArray[np.uint8]
 class OtherTensorsError(ValueError):
     """A path is of other tensors than those it is to continue with."""
 
-
-@dataclass(frozen=True)
-class Point:
-    """One recorded moment of a run.
-
-    Args:
-        step: Optimizer steps done.
-        time: Path time, the sum of lr over these steps.
-        density: Share of elements in supp(Gamma).
-        by_hand: Recorded on request; such points are never thinned away.
-        metrics: What was logged at this point; grows by :meth:`History.log`.
-    """
-
-    step: int
-    time: float
-    density: float
-    by_hand: bool = False
-    metrics: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, file: str | FilePath):
+        super().__init__(f"{file} is the path of other tensors than this optimizer's")
 
 
 class History:
@@ -97,6 +90,7 @@ class History:
         self.entries = {
             name: torch.full(spec.grid, NEVER, dtype=torch.int64) for name, spec in specs.items()
         }
+        self.births = {name: torch.zeros_like(entry) for name, entry in self.entries.items()}
         self._deltas: list[bytes] = []
         self._last: Bytes = np.zeros(self._num_bytes, np.uint8)
         self._chain = 0
@@ -157,7 +151,7 @@ class History:
         """
         if not self.points:
             raise ValueError("there is no recorded point to log to yet: call record() first")
-        plain = {name: _plain(name, value) for name, value in metrics.items()}
+        plain = {name: plain_metric(name, value) for name, value in metrics.items()}
         self._write({"log": {"step": self.points[-1].step, "metrics": plain}})
         self.points[-1].metrics.update(plain)
 
@@ -198,6 +192,38 @@ class History:
         if pending is not None:  # the latest point went as well
             self._last = self._last ^ pending
 
+    def reshape(self, specs: Mapping[str, TensorSpec], takes: Takes, step: int) -> None:
+        """Go on with tensors of other sizes, all that was recorded told in their blocks.
+
+        Args:
+            specs: Shapes and blocks from now on, of the same tensors.
+            takes: Per tensor and dimension of its grid, the block before at each place; -1: new.
+            step: When it happened: new blocks are born there, and were in no support before.
+
+        Raises:
+            ValueError: They are other tensors.
+            OSError: The file cannot be written; the history is as before.
+        """
+        grids = {name: tuple(map(len, takes[name])) for name in self.specs if name in takes}
+        if grids != {name: spec.grid for name, spec in specs.items()}:
+            raise ValueError("this path is of other tensors than the optimizer's: make a new one")
+        tensors = {n: {"shape": spec.shape, "block": spec.block} for n, spec in specs.items()}
+        told = {name: [list(line) for line in takes[name]] for name in specs}
+        self._write({"reshape": {"step": step, "tensors": tensors, "takes": told}})
+        self._reshape(specs, takes, step)
+
+    def _reshape(self, specs: Mapping[str, TensorSpec], takes: Takes, step: int) -> None:
+        supports = [self.support(index) for index in range(len(self.points))]
+        self.entries = {n: taken(self.entries[n], takes[n], NEVER) for n in self.specs}
+        self.births = {n: taken(self.births[n], takes[n], step) for n in self.specs}
+        self.specs = {name: specs[name] for name in self.specs}
+        self._deltas, self._last = [], np.zeros(self._num_bytes, np.uint8)
+        for masks in supports:
+            moved = [taken(masks[n], takes[n], fill=False) for n in self.specs]
+            bits = np.concatenate([pack_bits(mask) for mask in moved])
+            self._deltas.append(zlib.compress((bits ^ self._last).tobytes(), level=1))
+            self._last = bits
+
     def support(self, index: int) -> dict[str, Tensor]:
         """Return the masks of supp(Gamma) at the point with this index."""
         bits = np.zeros(self._num_bytes, np.uint8)
@@ -223,7 +249,7 @@ class History:
     def _write(self, line: dict[str, Any]) -> None:
         """Append a line with a checksum of itself and of all lines before it."""
         if self.file is not None:
-            chain = _checksum(line, self._chain)
+            chain = line_checksum(line, self._chain)
             append_line(self.file, {**line, "crc": chain})
             self._chain = chain
 
@@ -253,7 +279,9 @@ class History:
             history._verify(header)
             for line in lines:
                 history._verify(line)
-                history._replay(line)
+                history._replay(line, largest)
+            if specs is not None and history.specs != specs:
+                raise OtherTensorsError(file)
         except (DamagedFileError, OtherTensorsError):
             raise
         except _UNREADABLE as error:
@@ -313,7 +341,7 @@ class History:
 
     def _verify(self, line: dict[str, Any]) -> None:
         told = line.pop("crc", None)
-        self._chain = _checksum(line, self._chain)
+        self._chain = line_checksum(line, self._chain)
         if told != self._chain:
             raise ValueError("a line does not match its checksum, or one is missing before it")
 
@@ -329,14 +357,11 @@ class History:
             raise ValueError("no path header")
         if header.get("version") != VERSION:
             raise ValueError(f"format version {header['version']}, this release reads {VERSION}")
-        specs = {
-            name: TensorSpec(tuple(entry["shape"]), tuple(entry["block"]))
-            for name, entry in header["tensors"].items()
-        }
-        if wanted is not None and specs != wanted:
-            raise OtherTensorsError(f"{file} is the path of other tensors than this optimizer's")
+        specs = read_specs(header["tensors"])
+        if wanted is not None and specs.keys() != wanted.keys():
+            raise OtherTensorsError(file)
         blocks = sum(spec.num_blocks for spec in specs.values())
-        if wanted is None and blocks > largest:
+        if specs != wanted and blocks > largest:
             raise DamagedFileError(
                 f"{file} claims to be the path of {blocks:,} blocks, with no weights of that size "
                 f"beside it: if it is your own, read it with Path.load(folder, largest={blocks})"
@@ -344,7 +369,7 @@ class History:
         units = {name: entry["unit"] for name, entry in header["tensors"].items()}
         return cls(specs, units)
 
-    def _replay(self, line: dict[str, Any]) -> None:
+    def _replay(self, line: dict[str, Any], largest: int) -> None:
         if "point" in line:
             told = line["point"]
             time, density = from_number(told["time"]), from_number(told["density"])
@@ -355,33 +380,16 @@ class History:
             if not self.points or self.points[-1].step != line["log"]["step"]:
                 raise ValueError("a log without its point")
             metrics = line["log"]["metrics"].items()
-            self.points[-1].metrics.update({n: _number_or_word(v) for n, v in metrics})
+            self.points[-1].metrics.update({n: number_or_word(v) for n, v in metrics})
         elif "keep" in line:
             self.points[-1] = replace(self.points[-1], by_hand=True)
         elif "thin" in line:
             self._drop(set(line["thin"]))
+        elif "reshape" in line:
+            self._reshape(*reshaping(line["reshape"], self.specs, largest))
         else:
             raise ValueError(f"a line with {', '.join(sorted(line)) or 'nothing'}")
 
     def steps(self) -> Iterable[int]:
         """Steps of the recorded points, ascending."""
         return (point.step for point in self.points)
-
-
-def _checksum(line: Mapping[str, Any], before: int) -> int:
-    return zlib.crc32(to_json(line).encode(), before)
-
-
-def _plain(name: str, value: object) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    try:
-        return float(value)  # type: ignore[arg-type]  # tensors and NumPy numbers
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"{name}={type(value).__name__} cannot be logged: give numbers, words or None"
-        ) from None
-
-
-def _number_or_word(value: object) -> Any:
-    return from_number(value) if value in ("inf", "-inf", "nan") else value

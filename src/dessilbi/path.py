@@ -8,9 +8,8 @@ construction; the *support* at a point is not, because blocks do leave Gamma aga
 import math
 from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,16 +18,16 @@ from dessilbi.choosing import QUANTITIES, Family
 from dessilbi.forecast import entry_times
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.hints import EntryHint
-from dessilbi.history import BELIEVED, NEVER, History, Point
+from dessilbi.history import BELIEVED, NEVER, History
 from dessilbi.optimizer import is_phantom_step
+from dessilbi.pathlines import Point, Takes
 from dessilbi.runs import Run
-from dessilbi.scores import Scores, block_scores, load_scores, save_scores
+from dessilbi.scores import Order as Order
+from dessilbi.scores import Scores, block_scores, load_scores, order_keys, save_scores
 from dessilbi.sealing import check_sealed
 from dessilbi.selection import Ranking, rank
 from dessilbi.ticket import TensorSpec, Ticket
 
-Order = Literal["dual", "weight", "entry"]
-ORDERS: tuple[Order, ...] = ("dual", "weight", "entry")
 NUM_POINTS = 100
 
 
@@ -54,6 +53,7 @@ class Path:
             file does not hold the path that ``resume`` is to continue.
         OSError: The file exists or cannot be written.
 
+    >>> import torch
     >>> from dessilbi import DessiLBI
     >>> layer = torch.nn.Linear(4, 3)
     >>> groups = [{"params": [("weight", layer.weight)], "structure": "filter"}]
@@ -234,6 +234,20 @@ class Path:
             self._handle.remove()
             self._optimizer, self._closed = None, True
 
+    @property
+    def history(self) -> History:
+        """What was recorded: points, supports, first entries and births, block by block."""
+        return self._history
+
+    def move(self, optimizer: Optimizer, takes: Takes) -> None:
+        """Watch an optimizer of other sizes from now on; see :meth:`History.reshape`."""
+        self._watched()
+        specs = {m.name: m.spec for m in dual.named_members(optimizer)}
+        self._history.reshape(specs, takes, self.step)
+        self._handle.remove()
+        self._optimizer = optimizer
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
     def entry(self) -> dict[str, Tensor]:
         """Return the step of the point at which each block was first seen in Gamma; -1: never."""
         return {name: entry.clone() for name, entry in self._history.entries.items()}
@@ -300,9 +314,6 @@ class Path:
                 and ``density`` is that of the closed ticket. Every budget but density needs it.
             example_inputs: A tensor, a tuple of forward's arguments, or a dict of its keywords.
 
-        Returns:
-            The ticket.
-
         Raises:
             ValueError: Not exactly one of density, step, params, macs and bytes is given, a value
                 is out of range, or the path was loaded from a run that never finished.
@@ -336,7 +347,8 @@ class Path:
         Raises:
             ValueError: The order is unknown, or the path has no scores.
         """
-        return rank(self._keys(order), self._history.specs, self._history.units)
+        history, scores = self._history, self.scores()
+        return rank(order_keys(order, scores, history.entries), history.specs, history.units)
 
     def family(
         self, model: nn.Module, *, example_inputs: ExampleInputs, order: Order = "dual"
@@ -352,25 +364,13 @@ class Path:
             ValueError: As :meth:`ranking`, or the model is another or cannot be read.
         """
         return Family(
-            self._keys(order),
+            order_keys(order, self.scores(), self._history.entries),
             self._history.specs,
             self._history.units,
             model=model,
             example_inputs=example_inputs,
             origin={"kind": "budget", "order": order, "step": self.step},
         )
-
-    def _keys(self, order: Order) -> list[Mapping[str, Tensor]]:
-        """Scores of an order, the deciding one first."""
-        if order not in ORDERS:
-            raise ValueError(f"order={order!r} is not known: use one of {', '.join(ORDERS)}")
-        scores = self.scores()
-        keys: list[Mapping[str, Tensor]] = [scores["weight" if order == "weight" else "dual"]]
-        if order == "entry":
-            never = torch.iinfo(torch.int64).max
-            entries = self._history.entries.items()
-            keys.insert(0, {n: -e.masked_fill(e == NEVER, never) for n, e in entries})
-        return keys
 
     def scores(self) -> Scores:
         """Return {"dual": ||V||/lam, "weight": ||W||} per block, by name; over units jointly.
@@ -395,6 +395,6 @@ class Path:
         save_scores(self.scores(), file)
 
     def __repr__(self) -> str:
-        points = f"{len(self.points)} points to step {self.step}, path time {self.time:.4g}"
-        density = f", density {self.points[-1].density:.4g}" if self.points else ""
-        return f"Path({points}{density}, {len(self.names)} tensors)"
+        told = f"{len(self.points)} points to step {self.step}, path time {self.time:.4g}"
+        told += f", density {self.points[-1].density:.4g}" if self.points else ""
+        return f"Path({told}, {len(self.names)} tensors)"

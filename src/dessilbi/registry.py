@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dessilbi.planting import resized
 from dessilbi.training.models import MODELS, build_model
 
+WIDTHS = "widths"  # of a network that has grown, as "conv1.weight=7 conv2.weight=12"
 OPTIONS = frozenset(
     {"num_classes", "in_channels", "in_chans", "img_size", "image_size", "patch_size", "stride"}
-    | {"side", "length"}
+    | {"side", "length", WIDTHS}
     | {"width_mult", "global_pool", "drop_rate", "drop_path_rate", "dropout", "shortcut"}
     | {"aux_logits", "init_weights", "transform_input"}
 )
@@ -70,7 +72,7 @@ def check_registered(name: str, options: Options) -> tuple[str, str]:
                 f"the option {key!r} of {name} is not allowed (weights are never fetched): use "
                 f"{', '.join(sorted(OPTIONS))}"
             )
-        if isinstance(value, str) and len(value) > 64:
+        if isinstance(value, str) and len(value) > (LARGEST if key == WIDTHS else 64):
             raise ValueError(f"the option {key!r} of {name} is {len(value)} characters long")
         if not isinstance(value, bool | int | float | str) or (
             not isinstance(value, str) and not 0 <= value <= LARGEST
@@ -83,6 +85,24 @@ def check_registered(name: str, options: Options) -> tuple[str, str]:
 
 
 def _dessilbi(name: str, options: dict[str, Any]) -> nn.Module:
+    if WIDTHS not in options:
+        return _own(name, options)
+    widths = {}
+    for part in str(options.pop(WIDTHS)).split():
+        unit, _, width = part.rpartition("=")
+        if not unit or not width.isdecimal() or not 0 < int(width) <= LARGEST:
+            raise ValueError(f"the width {part!r} of {name} is not allowed: give LAYER=NUMBER")
+        widths[unit] = int(width)
+    side = options.get("side", 32) if ":" in name else options.pop("side", 32)
+    example = (
+        torch.zeros(2, options["length"], dtype=torch.int64)
+        if "length" in options
+        else torch.zeros(2, options.get("in_channels", 3), side, side)
+    )
+    return resized(_own(name, options), widths, example_inputs=example, seed=0)
+
+
+def _own(name: str, options: dict[str, Any]) -> nn.Module:
     if ":" in name:  # a library's model as recipes build it, fitted to the data
         return build_model(name, **options)
     if name not in MODELS:

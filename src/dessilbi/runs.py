@@ -93,6 +93,11 @@ class Run:
         return self.folder / "times.jsonl"
 
     @property
+    def growth(self) -> FilePath:
+        """One line per size of a network that grows (JSON lines)."""
+        return self.folder / "growth.jsonl"
+
+    @property
     def checkpoints(self) -> FilePath:
         """Folder of what a run needs to go on."""
         return self.folder / "checkpoints"
@@ -155,7 +160,8 @@ class Run:
     @property
     def final_files(self) -> tuple[FilePath, ...]:
         """What does not change any more when the run has ended."""
-        return self.model, self.scores, self.metrics, self.times, self.path
+        growth = [self.growth] if self.growth.is_file() else []
+        return self.model, self.scores, self.metrics, self.times, self.path, *growth
 
     def set_status(self, status: str, **facts: Any) -> None:
         """Record "running", "finished", "interrupted" or "failed" with further facts."""

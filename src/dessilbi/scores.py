@@ -4,6 +4,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path as FilePath
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dessilbi import dual, sharding
+from dessilbi.history import NEVER
 from dessilbi.storage import DamagedFileError, write_atomic
 from dessilbi.tensorfiles import load_tensors
 from dessilbi.ticket import TensorSpec
 
 Scores = Mapping[str, Mapping[str, Tensor]]
+Order = Literal["dual", "weight", "entry"]
+ORDERS: tuple[Order, ...] = ("dual", "weight", "entry")
 KINDS = ("dual", "weight")
 
 
@@ -78,3 +82,20 @@ def load_scores(
             if tuple(named[name].shape) != spec.grid or not named[name].is_floating_point():
                 raise DamagedFileError(f"{file} holds scores of another run: {name} does not fit")
     return scores
+
+
+def order_keys(
+    order: Order, scores: Scores, entries: Mapping[str, Tensor]
+) -> list[Mapping[str, Tensor]]:
+    """Return the scores of an order, the deciding one first.
+
+    Raises:
+        ValueError: The order is unknown.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r} is not known: use one of {', '.join(ORDERS)}")
+    keys: list[Mapping[str, Tensor]] = [scores["weight" if order == "weight" else "dual"]]
+    if order == "entry":
+        never = torch.iinfo(torch.int64).max
+        keys.insert(0, {n: -e.masked_fill(e == NEVER, never) for n, e in entries.items()})
+    return keys

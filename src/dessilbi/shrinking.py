@@ -20,13 +20,14 @@ from dessilbi.exporting import export, open_session, run_session
 from dessilbi.graph.program import evaluating
 from dessilbi.inputs import Arguments
 from dessilbi.proving import measure_latency
+from dessilbi.registry import WIDTHS
 from dessilbi.runs import Run
 from dessilbi.saving import Opened, save_compact
 from dessilbi.storage import sha256_of
 from dessilbi.ticket import Ticket
 from dessilbi.training.evaluation import masked
 from dessilbi.training.feeding import Split
-from dessilbi.training.finetune import Trained
+from dessilbi.training.finetune import Trained, sizes_of
 from dessilbi.witness import Verdict
 
 ESTIMATED = 1e-4  # relative; statistics estimated again on another machine are rounded differently
@@ -120,8 +121,11 @@ def save_shrunk(
         fine_tuned: Whether the weights were trained further than the run's.
     """
     model, data = trained.recipe.model, trained.data
-    told = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    told: dict[str, Any] = {"num_classes": data.num_classes, "in_channels": data.in_channels}
     if ":" in model:
+        told |= {"side": data.side}
+    if (sizes := sizes_of(run)) is not None:
+        told |= {WIDTHS: " ".join(f"{unit}={width}" for unit, width in sizes.items())}
         told |= {"side": data.side}
     if data.length is not None:
         told |= {"length": data.length}

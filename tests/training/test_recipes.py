@@ -284,6 +284,7 @@ def test_every_value_is_written_out(mine):
         "freeze",
         "order_seed",
         "stop",
+        "grow",
     }  # which have no value here
     assert set(told) == set(Recipe.model_fields) - left_out
     assert set(told["optimizer"]) == set(OptimizerRecipe.model_fields) - {

@@ -13,12 +13,26 @@ import typer
 from dessilbi.cli.checking import doctor
 from dessilbi.cli.compaction import compact, export, verify
 from dessilbi.cli.family import path, ticket
+from dessilbi.cli.growing import grow
 from dessilbi.cli.models import plan
 from dessilbi.cli.retraining import prune_curve, retrain
 from dessilbi.cli.tour import demo
 from dessilbi.cli.training import recipes, train
 
-COMMANDS = (demo, plan, train, path, ticket, retrain, prune_curve, compact, export, verify, doctor)
+COMMANDS = (
+    demo,
+    plan,
+    train,
+    grow,
+    path,
+    ticket,
+    retrain,
+    prune_curve,
+    compact,
+    export,
+    verify,
+    doctor,
+)
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dessilbi.path import Order, Path
 from dessilbi.runs import Run
 from dessilbi.sealing import check_sealed
+from dessilbi.storage import DamagedFileError, read_lines
 from dessilbi.tensorfiles import load_tensors
 from dessilbi.ticket import Ticket
 from dessilbi.training.data import Data
@@ -63,8 +64,26 @@ def load_trained(run: Run, *, data_root: str | None = None) -> Trained:
     data = data_of(recipe, root=data_root)
     start = load_start(run)
     check_sealed(run.model)
-    model = filled(built(recipe, data, start), load_tensors(run.model), run.model)
+    model = filled(built(recipe, data, start, sizes_of(run)), load_tensors(run.model), run.model)
     return Trained(recipe, data, model, accuracy(model, data.test), start)
+
+
+def sizes_of(run: Run) -> dict[str, int] | None:
+    """Return the widths that the network of a run has grown to; None: those of its recipe.
+
+    Raises:
+        ValueError: The file that says them is damaged.
+    """
+    if not run.growth.is_file():
+        return None
+    check_sealed(run.growth)
+    lines = list(read_lines(run.growth))
+    units = lines[-1].get("units") if lines else None
+    if not isinstance(units, dict) or not all(type(width) is int for width in units.values()):
+        raise DamagedFileError(
+            f"{run.growth} does not end with the widths of a network: train it again"
+        )
+    return units
 
 
 def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.Module:

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ingredients: the data, the model and the param groups that a recipe names."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dessilbi.graph import read_graph
 from dessilbi.groups import param_groups
+from dessilbi.growth import macs_of
+from dessilbi.planting import Init, resized
 from dessilbi.training.data import Data, load_data
 from dessilbi.training.models import build_model
 from dessilbi.training.recipes import Recipe, RecipeError
+from dessilbi.training.widths import GrowRecipe, check_caps, start_of
 
 
 def data_of(recipe: Recipe, *, root: str | Path | None, download: bool = False) -> Data:
@@ -40,11 +45,16 @@ def data_of(recipe: Recipe, *, root: str | Path | None, download: bool = False) 
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
 
 
-def model_of(recipe: Recipe, data: Data) -> nn.Module:
+def model_of(recipe: Recipe, data: Data, *, sizes: Mapping[str, int] | None = None) -> nn.Module:
     """Build the model of a recipe, initialised from its seed, on the CPU, in train mode.
 
+    Args:
+        recipe: One that grows gives the model it starts with.
+        data: Its data.
+        sizes: Unit -> width, for the model that a run has grown to.
+
     Raises:
-        RecipeError: The name is unknown, or the model does not fit the data.
+        RecipeError: The name is unknown, the model does not fit the data, or widths do not fit it.
         ImportError: The package of the model is missing.
     """
     try:
@@ -57,9 +67,34 @@ def model_of(recipe: Recipe, data: Data) -> nn.Module:
             seed=recipe.seed,
         )
         _try(model, data)
+        if recipe.grow is not None:
+            model = _at_sizes(recipe, recipe.grow, model, data, sizes)
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
     return model
+
+
+def _at_sizes(
+    recipe: Recipe,
+    options: GrowRecipe,
+    model: nn.Module,
+    data: Data,
+    sizes: Mapping[str, int] | None,
+) -> nn.Module:
+    example = data.blank(2)
+    widths = start_of(read_graph(model, example), options) if sizes is None else sizes
+    init = init_of(model)
+    model = resized(model, widths, example_inputs=example, init=init, seed=recipe.seed)
+    if sizes is None:
+        params = sum(p.numel() for p in model.parameters())
+        check_caps(options, params, macs_of(model, ((example,), {})))
+    return model.train()
+
+
+def init_of(model: nn.Module) -> Init | None:
+    """Return how a model draws values for a layer, where that is not the layer's own way."""
+    found: Init | None = getattr(type(model), "initialise", None)
+    return found
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dessilbi.runs import Run
 from dessilbi.ticket import Ticket
 from dessilbi.training.finetune import load_trained
 from dessilbi.training.recipes import Recipe, RecipeError
-from dessilbi.training.starting import Start
+from dessilbi.training.starting import Start, check_not_grown
 from dessilbi.training.thinning import cut_out, met
 
 
@@ -31,6 +31,7 @@ def next_round(
     """
     run = Run(FilePath(parent))
     trained = load_trained(run, data_root=data_root)
+    check_not_grown(trained.recipe, run)
     for name in ("model", "data"):
         if getattr(recipe, name) != getattr(trained.recipe, name):
             raise RecipeError(

@@ -34,6 +34,10 @@ class Judge:
         wanted = min(points, recipe.judged or max(1, _affordable(setting)))
         self._stride = self.every * math.ceil(points / wanted)
 
+    def follow(self, setting: Setting) -> None:
+        """Go on with a network of another size."""
+        self.setting, self._latest = setting, None
+
     def wants(self, step: int) -> bool:
         """Whether the point after ``step`` steps is one of those to judge."""
         return step % self._stride == 0 or step == self.setting.total_steps
@@ -107,7 +111,7 @@ class Judge:
 def _affordable(setting: Setting) -> int:
     """How many points can be judged within the share of the training's cost."""
     data = setting.data
-    training = PASSES * len(data.train) * setting.recipe.epochs
+    training = PASSES * len(data.train) * setting.recipe.longest
     again = min(SAMPLES, len(data.train)) if norms_of(setting.model) else 0
     judging = 3 * len(data.test) + 2 * len(data.validation) + 2 * again
     return int(SHARE * training / judging)

@@ -30,12 +30,11 @@ __all__ = ["TrainingError", "resume", "train"]
 
 def fit(session: Session, stop: Stop) -> bool:
     """Train from where the session stands; return whether the end was reached, or enough found."""
-    setting = session.setting
-    setting.module.train()
+    session.setting.module.train()  # asked of the session each time: a network may grow
     session.settle()  # what the checkpoint left open
     while not session.ended():
         for inputs, targets in session.batches():
-            setting.set_lr(session.position.step)
+            session.setting.set_lr(session.position.step)
             step(session, inputs, targets)
             if session.after_step(stop):
                 return False
@@ -199,7 +198,9 @@ def _go(
                 seeded((recipe.seed_of_order, engine.rank), engine.device),
             ):
                 session = Session(setting, engine, watching, checkpoint, on_nan)
-                title = f"{recipe.name}: {recipe.epochs} epochs, {setting.total_steps:,} steps"
+                upto = "up to " if recipe.grow else ""
+                told = f"{recipe.longest} epochs, {setting.total_steps:,} steps"
+                title = f"{recipe.name}: {upto}{told}"
                 done = session.position.step
                 watching.reporter.start(f"{title} -> {run.folder}", setting.total_steps, done)
                 if setting.steering is not None:

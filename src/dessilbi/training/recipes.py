@@ -28,8 +28,10 @@ from dessilbi.training.values import (
     Positive,
     Threshold,
     ascending,
+    assign,
     rules,
 )
+from dessilbi.training.widths import GrowRecipe
 
 SUFFIX = ".toml"
 LARGEST = 1 << 20  # bytes of a TOML file
@@ -169,7 +171,8 @@ class Recipe(_Part):
         many pieces that pass one after the other. ``clip_norm``: the largest norm of the gradient.
         ``order_seed``: of the order of samples, by default ``seed``.
         ``structure``: glob of parameter names -> structure or table of group options, see
-        param_groups. ``coupled``: filters that meet in a sum live or die together.
+        param_groups. ``coupled``: filters that meet in a sum live or die together. ``grow``: start
+        narrow and widen what the support asks for; ``epochs`` are those after the last growth.
         ``moving``: schedules of 1/nu, lambda and kappa.
         ``on_nan``: what is done where loss or gradient is not finite: the run stops, or the step
         is passed over.
@@ -222,6 +225,7 @@ class Recipe(_Part):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     moving: MovingRecipe = MovingRecipe()
+    grow: GrowRecipe | None = None
     finetune: FinetuneRecipe = FinetuneRecipe()
     retrain: RetrainRecipe | None = None
     structure: Annotated[dict[str, Any], BeforeValidator(rules)] = Field(default_factory=dict)
@@ -249,6 +253,17 @@ class Recipe(_Part):
             raise ValueError("it says how lambda is found for a density: give density, too")
         return value
 
+    @field_validator("grow")
+    @classmethod
+    def _alone(cls, value: GrowRecipe | None, info: ValidationInfo) -> GrowRecipe | None:
+        moving = info.data.get("moving")
+        moves = moving is not None and any(moving.model_dump().values())
+        if value is not None and (moves or info.data.get("density") is not None):
+            raise ValueError("it does not go with density or moving, which need a known end")
+        if value is not None and info.data.get("stop") is not None:
+            raise ValueError("it does not go with stop: a network that grows has its own end")
+        return value
+
     @field_validator("moving")
     @classmethod
     def _one_writer(cls, value: MovingRecipe, info: ValidationInfo) -> MovingRecipe:
@@ -260,6 +275,11 @@ class Recipe(_Part):
     def seed_of_order(self) -> int:
         """What decides the order of samples."""
         return self.seed if self.order_seed is None else self.order_seed
+
+    @property
+    def longest(self) -> int:
+        """Epochs of the longest run that this recipe allows."""
+        return self.epochs + (self.grow.every * self.grow.max_rounds if self.grow else 0)
 
     @field_validator("accumulate")
     @classmethod
@@ -300,7 +320,10 @@ def assigned(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
         RecipeError: A text is not of that form.
     """
     for assignment in assignments:
-        _assign(values, assignment)
+        try:
+            assign(values, assignment)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
     return values
 
 
@@ -369,24 +392,3 @@ def _parse(text: str, origin: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"recipe {origin} is not TOML: {told_by(str(error))}") from None
-
-
-def _assign(values: dict[str, Any], assignment: str) -> None:
-    key, equals, text = assignment.partition("=")
-    keys = key.strip().split(".")
-    if not equals or not all(keys):
-        raise RecipeError(f"--set {assignment!r} is not of the form key=value or part.key=value")
-    if keys[0] == "structure" and len(keys) > 2:
-        keys = ["structure", ".".join(keys[1:])]  # parameter names have dots of their own
-    for step in keys[:-1]:
-        values = values.setdefault(step, {})
-        if not isinstance(values, dict):
-            raise RecipeError(f"--set {assignment!r}: {step} has no fields of its own")
-    if keys == ["optimizer", "R"] and values.get("nu") != "auto":
-        values.pop("nu", None)  # one follows from the other
-    elif keys == ["optimizer", "nu"] and text.strip() != "auto":
-        values.pop("R", None)
-    try:
-        values[keys[-1]] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        values[keys[-1]] = text.strip()

@@ -21,7 +21,7 @@ from dessilbi.training.data import Data
 from dessilbi.training.finetune import Trained
 from dessilbi.training.ingredients import data_of, model_of
 from dessilbi.training.recipes import MaskedTraining, Recipe, validate_recipe
-from dessilbi.training.starting import Start, built, filled
+from dessilbi.training.starting import Start, built, check_not_grown, filled
 from dessilbi.training.thinning import cut_out, met, rescaled, warn_if_thin, without
 
 Mode = Literal["finetune", "rewind", "early-rewind", "reinit", "random", "dense"]
@@ -71,10 +71,12 @@ def retraining(
 
     Raises:
         ValueError: The ticket is of another model, or the data does not fit it.
+        RecipeError: The run grew.
         FileNotFoundError: The run has no weights to rewind to.
     """
     if wish.mode not in MODES:
         raise ValueError(f"mode={wish.mode!r} is not known: use one of {', '.join(MODES)}")
+    check_not_grown(trained.recipe, run)
     recipe = recipe_of(trained.recipe, wish)
     fresh = built(recipe, data, trained.start)
     head = head_of(recipe, data) if wish.data is not None else frozenset()

@@ -21,6 +21,7 @@ from dessilbi.runs import Run
 from dessilbi.sealing import add_to_seal, reopen_seal
 from dessilbi.storage import (
     DamagedFileError,
+    append_line,
     check_begins,
     check_unlinked,
     cut_back,
@@ -30,6 +31,7 @@ from dessilbi.storage import (
 )
 from dessilbi.training.checkpoints import Checkpoint, Checkpoints, usable
 from dessilbi.training.engine import Engine
+from dessilbi.training.growing import Growing
 from dessilbi.training.guards import Guard, OnNan
 from dessilbi.training.position import Clock, Position, Totals, position_of
 from dessilbi.training.randomness import random_states, set_random_states
@@ -62,6 +64,11 @@ class Session:
         on_nan: OnNan | None = None,
     ):
         recipe, run = setting.recipe, watching.run
+        self.growing = Growing(setting, engine) if recipe.grow else None
+        if self.growing and checkpoint is not None:
+            setting = self.growing.restore(setting, checkpoint.facts["growing"])
+        elif self.growing:
+            append_line(run.growth, self.growing.start())
         self.setting, self.engine, self.run, self.watching = setting, engine, run, watching
         self.checkpoints = Checkpoints(run.checkpoints, engine, keep=recipe.keep_checkpoints)
         self.clock, self.totals, self.position = Clock(), Totals(engine.device), Position()
@@ -160,16 +167,24 @@ class Session:
 
     def ended(self) -> bool:
         """Whether all epochs are over, or a run that may stop before that has found its ticket."""
-        return self.position.epoch >= self.setting.recipe.epochs or self.trace.settled is not None
+        return self._last_epoch_is_over or self.trace.settled is not None
 
     def _keep_early(self) -> None:
-        """Keep the weights to rewind to; a run without a path is not rewound."""
-        if isinstance(self.trace, PathTrace):
+        """Keep the weights to rewind to; a run that grows, or has no path, is not rewound."""
+        if isinstance(self.trace, PathTrace) and self.growing is None:
             with self.clock.of("saving"):
                 weights = whole(self.setting.model.state_dict())
                 if self.engine.first:
                     write_atomic(self.run.early, safetensors.torch.save(weights))
                     add_to_seal(self.run.early)
+
+    @property
+    def _last_epoch_is_over(self) -> bool:
+        """Whether all epochs are over: where the network grows, those after it has grown."""
+        setting, epoch = self.setting, self.position.epoch
+        if setting.final_from is None:
+            return False
+        return epoch >= setting.final_from // setting.steps_per_epoch + setting.recipe.epochs
 
     @property
     def _epoch_is_over(self) -> bool:
@@ -210,6 +225,20 @@ class Session:
         times = {name: round(seconds, 4) for name, seconds in self.clock.lap().items()}
         self.watching.epoch(place | metrics, place | times)
         self.totals.clear()
+        if self.growing and self.growing.is_due(position.epoch):
+            self._change_sizes(self.growing, validation)
+
+    def _change_sizes(self, growing: Growing, validation: float) -> None:
+        """Let the network grow where its support asks for it, and write down its sizes."""
+        epoch = self.position.epoch
+        trace = self.trace
+        assert isinstance(trace, PathTrace)  # what grows has a structure
+        setting, line = growing.check(self.setting, trace.path, epoch=epoch, accuracy=validation)
+        self.setting = self.guard.setting = setting
+        trace.follow(setting)
+        append_line(self.run.growth, line)
+        told = ", ".join(f"{name} {width}" for name, width in line["sizes"].items())
+        self.watching.reporter.say(f"after epoch {epoch}: {told}")
 
     def save(self) -> None:
         """Write a checkpoint; what the logs hold by now belongs to it."""
@@ -231,6 +260,7 @@ class Session:
                 "steering": setting.steering.state_dict() if setting.steering else None,
                 "on_nan": self.on_nan,
                 "samples": self._samples,
+                "growing": self.growing.state_dict() if self.growing else None,
                 "scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
             }
             if engine.first:
@@ -248,7 +278,18 @@ class Session:
         if self.engine.first:
             write_atomic(self.run.model, safetensors.torch.save(weights))
         seconds = time.monotonic() - self._began
-        return {"steps": self.trace.step, "seconds": seconds, **told, **self._stopped()}
+        told |= self._grown() | self._stopped()
+        return {"steps": self.trace.step, "seconds": seconds, **told}
+
+    def _grown(self) -> dict[str, Any]:
+        """What a run that grows says of its end; a line of its log tells it, too."""
+        if self.growing is None:
+            return {}
+        step = self.trace.step
+        place = {"epoch": self.position.epoch, "step": step}
+        line = self.growing.finish(self.setting, **place, accuracy=self.judge.validation(step))
+        append_line(self.run.growth, line)
+        return {"training_macs": line["training_macs"]}
 
     def _stopped(self) -> dict[str, Any]:
         """What a run that was to stop by itself says of it."""
@@ -290,7 +331,7 @@ def find_checkpoint(run: Run, engine: Engine, *, trusted: bool = False) -> Check
     sweep(run.folder, [f.name for f in (*run.final_files, run.early, run.status, run.checksums)])
     checkpoint = store.newest(fits, trusted=trusted)
     if checkpoint is None:
-        for file in (run.metrics, run.times, run.path):
+        for file in (run.metrics, run.times, run.path, run.growth):
             file.unlink(missing_ok=True)
     return checkpoint
 
@@ -300,9 +341,9 @@ def _said(checkpoint: Checkpoint | None) -> OnNan | None:
     return said
 
 
-def logs_of(run: Run) -> tuple[FilePath, FilePath]:
+def logs_of(run: Run) -> tuple[FilePath, ...]:
     """Return the logs whose lengths a checkpoint keeps."""
-    return run.metrics, run.times
+    return run.metrics, run.times, *([run.growth] if run.growth.is_file() else [])
 
 
 def check_logs(run: Run, checkpoint: Checkpoint) -> None:

@@ -34,6 +34,8 @@ class Setting:
         engine: Where it runs.
         steering: What moves lambda, nu and kappa; None where nothing has a structure.
         start: What it begins with, where that is not a fresh model; its ticket is enforced.
+        final_from: Step from which the schedule of the learning rate counts; None: while the
+            network grows, at a constant rate.
     """
 
     recipe: Recipe
@@ -45,6 +47,7 @@ class Setting:
     engine: Engine
     steering: Steering | None
     start: Start | None = None
+    final_from: int | None = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -53,14 +56,20 @@ class Setting:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run, of the longest one where the network grows."""
+        return self.recipe.longest * self.steps_per_epoch
+
+    @property
+    def final_steps(self) -> int:
+        """Optimizer steps over which the schedule of the learning rate goes."""
         return self.recipe.epochs * self.steps_per_epoch
 
     @property
     def total_time(self) -> float:
         """Path time of the whole run."""
-        recipe = self.recipe
-        return path_time(recipe.schedule, recipe.optimizer.path_lr, self.total_steps, recipe.epochs)
+        recipe, steps = self.recipe, self.final_steps
+        final = path_time(recipe.schedule, recipe.optimizer.path_lr, steps, recipe.epochs)
+        return final + recipe.optimizer.path_lr * (self.total_steps - steps)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -70,7 +79,12 @@ class Setting:
     def set_lr(self, step: int) -> None:
         """Set the learning rate of the step with this index: a function of it alone."""
         recipe = self.recipe
-        factor = multiplier(recipe.schedule, step, self.total_steps, recipe.epochs)
+        if self.final_from is None:
+            warmup = recipe.grow.warmup * self.steps_per_epoch if recipe.grow else 0.0
+            factor = min(1.0, (step + 1) / max(1.0, warmup))
+        else:
+            done = step - self.final_from
+            factor = multiplier(recipe.schedule, done, self.final_steps, recipe.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
@@ -93,21 +107,50 @@ def prepare(
     if download:
         engine.on_first(lambda: data_of(recipe, root=data_root, download=True) and None)
     data = data_of(recipe, root=data_root)
+    if recipe.grow is not None and engine.world_size > 1:
+        raise RecipeError(f"recipe {recipe.name} grows, in one process: start it without torchrun")
+    if recipe.grow is not None and start is not None:
+        raise RecipeError(
+            f"recipe {recipe.name} grows from a fresh narrow model, not from other weights or a "
+            f"ticket: leave out its table grow, or the start"
+        )
     model = model_of(recipe, data) if start is None else start.build(recipe, data)
     try:
         _check_batches(recipe, data, engine)
+    except ValueError as error:
+        raise RecipeError(f"recipe {recipe.name}: {error}") from None
+    return _made(recipe, data, model, engine, start)
+
+
+def setting_with(setting: Setting, model: nn.Module, engine: Engine) -> Setting:
+    """Return the same setting with another model and a new optimizer for it."""
+    return _made(setting.recipe, setting.data, model, engine, setting.start)
+
+
+def _made(
+    recipe: Recipe, data: Data, model: nn.Module, engine: Engine, start: Start | None
+) -> Setting:
+    try:
         groups = groups_of(recipe, model, data)
         module = engine.place(model, compiled=recipe.compile)
-        total_steps = recipe.epochs * data.train.steps_per_epoch(recipe.batch_size)
-        optimizer = build_optimizer(_placed(groups, model), optimizer_of(recipe, total_steps))
+        final_steps = recipe.epochs * data.train.steps_per_epoch(recipe.batch_size)
+        optimizer = build_optimizer(_placed(groups, model), optimizer_of(recipe, final_steps))
+        total_steps = recipe.longest * data.train.steps_per_epoch(recipe.batch_size)
         structured = bool(dual.members(optimizer))
+        if recipe.grow is not None and not structured:
+            raise ValueError("it grows where its support asks for it, so give it a structure")
         steering = Steering(recipe, optimizer, total_steps) if structured else None
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
     adopted = engine.adopt(optimizer)
     if start is not None and start.ticket is not None:
         start.ticket.enforce(model, optimizer)
-    return Setting(recipe, data, model, module, optimizer, adopted, engine, steering, start)
+    final_from = None if recipe.grow is not None else 0
+    return Setting(
+        *(recipe, data, model, module, optimizer, adopted, engine, steering),
+        start=start,
+        final_from=final_from,
+    )
 
 
 def _check_batches(recipe: Recipe, data: Data, engine: Engine) -> None:

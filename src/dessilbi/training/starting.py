@@ -21,7 +21,7 @@ from dessilbi.tensorfiles import load_tensors
 from dessilbi.ticket import Ticket
 from dessilbi.training.data import Data
 from dessilbi.training.ingredients import model_of
-from dessilbi.training.recipes import Recipe
+from dessilbi.training.recipes import Recipe, RecipeError
 
 VERSION = 1
 
@@ -112,19 +112,34 @@ def load_start(run: Run) -> Start | None:
     return Start(weights, ticket, blueprint, told.trained, told.recalibrate, told.told)
 
 
-def built(recipe: Recipe, data: Data, start: Start | None) -> nn.Module:
-    """Return a fresh model of a recipe, cut as the start says.
+def built(
+    recipe: Recipe, data: Data, start: Start | None, sizes: Mapping[str, int] | None = None
+) -> nn.Module:
+    """Return a fresh model of a recipe, cut as the start says, or as wide as it has grown.
 
     Raises:
         ValueError: The cut is of another model.
     """
-    model = model_of(recipe, data)
+    model = model_of(recipe, data, sizes=sizes)
     if start is None or start.blueprint is None:
         return model
     try:
         return rebuild(model, start.blueprint, ()).train(model.training)
     except OtherModelError as error:
         raise ValueError(f"the start of this run does not fit {recipe.model}: {error}") from None
+
+
+def check_not_grown(recipe: Recipe, run: Run) -> None:
+    """Refuse to begin with the weights of a run that grew.
+
+    Raises:
+        RecipeError: Its network has other widths than the recipe's model.
+    """
+    if recipe.grow is not None:
+        raise RecipeError(
+            f"{run.folder} grew while it was trained, and no other run can begin with its weights "
+            f"yet: fine-tune its tickets when they are compacted"
+        )
 
 
 def filled(model: nn.Module, weights: Mapping[str, Tensor], origin: object) -> nn.Module:

@@ -120,6 +120,10 @@ class Steering:
                 )
             self._first_loss = None
 
+    def follow(self, optimizer: Optimizer) -> None:
+        """Go on with the optimizer of a network of another size."""
+        self.optimizer = optimizer
+
     def metrics(self) -> dict[str, Any]:
         """Return what is worth a place in the line of an epoch; every process must call it."""
         found, self._found = self._found, {}
@@ -154,6 +158,6 @@ class Steering:
 def clock_of(recipe: Recipe, total_steps: int) -> PathClock:
     """Return the path time of a recipe's schedule, step by step."""
     lr, epochs = recipe.optimizer.path_lr, recipe.epochs
-    return PathClock(
-        [lr * multiplier(recipe.schedule, step, total_steps, epochs) for step in range(total_steps)]
-    )
+    final = total_steps * epochs // recipe.longest  # the others are of a network that grows
+    steps = [lr * multiplier(recipe.schedule, step, final, epochs) for step in range(final)]
+    return PathClock([lr] * (total_steps - final) + steps)

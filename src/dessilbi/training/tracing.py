@@ -142,6 +142,11 @@ class PathTrace:
             curves |= {"lr": float(optimizer.param_groups[0]["lr"])}
         self.watching.point(path.step, self._told, curves)
 
+    def follow(self, setting: Setting) -> None:
+        """Go on with a network of another size; its optimizer is watched already."""
+        self.setting = setting
+        self.judge.follow(setting)
+
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps: the state of the path, and how much of it was told."""
         facts: dict[str, Any] = {"seen": self._seen}

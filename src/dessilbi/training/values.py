@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of recipes: which numbers are allowed, and what TOML and JSON have no word for."""
+"""Values of recipes: which numbers are allowed, words that TOML lacks, and values set by text."""
 
 import math
-from typing import Annotated
+import tomllib
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -52,3 +53,29 @@ def _line(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float],
 
 Points = Annotated[tuple[tuple[NonNegative, NonNegative], ...], AfterValidator(_line)]
 Density = Annotated[float, Field(gt=0, lt=1)]
+
+
+def assign(values: dict[str, Any], assignment: str) -> None:
+    """Set one "key=value" text on top of plain values, in place.
+
+    Raises:
+        ValueError: The text is not of that form.
+    """
+    key, equals, text = assignment.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"--set {assignment!r} is not of the form key=value or part.key=value")
+    if keys[0] == "structure" and len(keys) > 2:
+        keys = ["structure", ".".join(keys[1:])]  # parameter names have dots of their own
+    for step in keys[:-1]:
+        values = values.setdefault(step, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {assignment!r}: {step} has no fields of its own")
+    if keys == ["optimizer", "R"] and values.get("nu") != "auto":
+        values.pop("nu", None)  # one follows from the other
+    elif keys == ["optimizer", "nu"] and text.strip() != "auto":
+        values.pop("R", None)
+    try:
+        values[keys[-1]] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[keys[-1]] = text.strip()

@@ -143,8 +143,13 @@ class ResNet(nn.Module):
             channels = width * block.expansion
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            self.initialise(module)
+
+    @staticmethod
+    def initialise(module: nn.Module) -> None:
+        """Draw the weights of a convolution; other layers keep what they drew themselves."""
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits (N, classes) of images (N, C, H, W)."""

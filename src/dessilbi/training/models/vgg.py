@@ -42,7 +42,7 @@ class VGG(nn.Module):
         for stage, (depth, width) in enumerate(zip(depths, WIDTHS, strict=True), start=1):
             for index in range(1, depth + 1):
                 conv = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                self.initialise(conv)
                 # The names of the paper (conv1_1 ... conv5_3) are what people look for in a report.
                 self.features.add_module(f"conv{stage}_{index}", conv)
                 self.features.add_module(f"norm{stage}_{index}", nn.BatchNorm2d(width))
@@ -50,6 +50,12 @@ class VGG(nn.Module):
                 channels = width
             self.features.add_module(f"pool{stage}", nn.MaxPool2d(2))
         self.fc = nn.Linear(channels, num_classes)
+
+    @staticmethod
+    def initialise(module: nn.Module) -> None:
+        """Draw the weights of a convolution; other layers keep what they drew themselves."""
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits (N, classes) of images (N, 3, 32, 32)."""
