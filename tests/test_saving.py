@@ -373,7 +373,7 @@ def test_changed_weights_with_fitting_checksums_do_not_pass_the_answers(folder):
 def test_a_file_that_is_not_safetensors_is_refused(folder):
     (folder / "weights.safetensors").write_bytes(b"PK\x03\x04" + b"x" * 100)
     rehash(folder, "weights.safetensors")
-    refused(folder, "not a safetensors file")
+    refused(folder, "weights.safetensors cannot be read as safetensors")
 
 
 # the factory

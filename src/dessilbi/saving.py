@@ -179,7 +179,7 @@ def open_compact(factory: Factory | str | None, folder: str | Path) -> Opened:
     fresh = _fresh(factory, manifest, folder)
     try:
         small = rebuild(_typed(fresh, folder / WEIGHTS), blueprint, inputs)
-    except OtherModelError:
+    except (OtherModelError, DamagedFileError):
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

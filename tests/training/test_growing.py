@@ -18,12 +18,13 @@ from dessilbi.graph import read_graph
 from dessilbi.storage import read_lines
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.finetune import load_trained
+from dessilbi.training.growth_table import GrowRecipe
 from dessilbi.training.loop import resume, train
 from dessilbi.training.models import build_model
 from dessilbi.training.recipes import RecipeError, load_recipe, validate_recipe
 from dessilbi.training.retraining import Wish, retraining
 from dessilbi.training.starting import Start
-from dessilbi.training.widths import GrowRecipe, costs_after, start_of, wanted, within
+from dessilbi.training.widths import costs_after, start_of, wanted, within
 from dessilbi.widening import find_change, widths_of
 
 # What a net of a few filters, trained for a few steps, is rightly warned about.

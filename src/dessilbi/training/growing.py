@@ -25,9 +25,10 @@ from dessilbi.path import Path
 from dessilbi.planting import Plant
 from dessilbi.ticket import TensorSpec, Ticket
 from dessilbi.training.engine import Engine
+from dessilbi.training.growth_table import GrowRecipe
 from dessilbi.training.ingredients import init_of, model_of
 from dessilbi.training.setting import Setting, setting_with
-from dessilbi.training.widths import GrowRecipe, plain, wanted, within
+from dessilbi.training.widths import plain, wanted, within
 from dessilbi.widening import Change, block_takes, widths_of
 
 TRAINING = 3  # a training step costs about as much as so many forward passes

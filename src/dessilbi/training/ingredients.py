@@ -13,9 +13,10 @@ from dessilbi.groups import param_groups
 from dessilbi.growth import macs_of
 from dessilbi.planting import Init, resized
 from dessilbi.training.data import Data, load_data
+from dessilbi.training.growth_table import GrowRecipe
 from dessilbi.training.models import build_model
 from dessilbi.training.recipes import Recipe, RecipeError
-from dessilbi.training.widths import GrowRecipe, check_caps, start_of
+from dessilbi.training.widths import check_caps, start_of
 
 
 def data_of(recipe: Recipe, *, root: str | Path | None, download: bool = False) -> Data:

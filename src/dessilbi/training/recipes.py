@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from dessilbi.storage import told_by
+from dessilbi.training.growth_table import GrowRecipe
 from dessilbi.training.values import (
     Density,
     NonNegative,
@@ -31,7 +32,6 @@ from dessilbi.training.values import (
     assign,
     rules,
 )
-from dessilbi.training.widths import GrowRecipe
 
 SUFFIX = ".toml"
 LARGEST = 1 << 20  # bytes of a TOML file
