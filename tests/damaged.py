@@ -33,7 +33,8 @@ from dessilbi.training.data.idx import read_idx
 from dessilbi.training.data.pickles import read_pickle
 from dessilbi.training.data.text import read_text
 from dessilbi.training.finetune import load_trained
-from dessilbi.training.recipes import load_recipe, to_toml, validate_recipe
+from dessilbi.training.recipes import load_recipe, validate_recipe
+from dessilbi.training.telling import to_toml
 
 
 @dataclass(frozen=True)

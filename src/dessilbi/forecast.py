@@ -79,7 +79,7 @@ def extrapolated(norms: Tensor, growth: Tensor, left: Tensor, pull: float) -> Te
         pull: kappa/nu.
 
     >>> one = torch.ones(())
-    >>> float(extrapolated(one, one / 2, 2 * one, 1.0).round(decimals=3))
+    >>> round(float(extrapolated(one, one / 2, 2 * one, 1.0)), 3)
     1.807
     """
     x = left * pull / 2
