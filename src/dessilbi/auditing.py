@@ -163,6 +163,11 @@ def _logs(run: Run, newest: Checkpoint | None) -> Iterator[Finding]:
 
 def _read(run: Run, log: FilePath) -> None:
     if log == run.path:
+        with log.open("rb") as file:
+            if not file.readline(1 << 20).endswith(b"\n") and not any(
+                run.checkpoints.glob("step-*")
+            ):
+                return  # killed in its first line: without checkpoint the run begins anew
         History.load(log, largest=max(1 << 26, run.weight_bytes))
     else:
         for _ in read_lines(log):
