@@ -50,7 +50,7 @@ def measure(name: str, data: str | None) -> None:
             "environment": {
                 key: value
                 for key, value in read_json(run.environment).items()
-                if key not in ("command", "platform")
+                if key not in ("command", "platform", "data")
             },
             "seconds": run.read_status()["seconds"],
             "final": asdict(last),
