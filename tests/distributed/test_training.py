@@ -24,8 +24,10 @@ from dessilbi.storage import read_json, read_lines, to_json
 from dessilbi.training import engine, loop
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.engine import engine_for
+from dessilbi.training.finetune import load_trained
 from dessilbi.training.models import IMAGE_MODELS, MODELS
 from dessilbi.training.recipes import RecipeError
+from dessilbi.training.retraining import Wish, data_for, retraining
 from dessilbi.training.session import Session
 
 # 5 steps an epoch; no batch statistics, which differ among ranks by nature.
@@ -185,6 +187,40 @@ def test_a_run_saved_on_two_ranks_goes_on_on_one_or_two(tmp_path, alone, before,
     else:
         spawn(resume, 2, tmp_path, then)
     assert_same_run(run, alone)
+
+
+STOP = ("epochs=3", "points=15", "judged=1", "stop={window=4, tolerance=1.0, gain=1.0, gap=1.0}")
+
+
+def test_ranks_stop_early_at_the_point_at_which_one_process_stops(tmp_path):
+    (tmp_path / "alone").mkdir()
+    train(tmp_path / "alone", None, None, *STOP)
+    spawn(train, 2, tmp_path, "ddp", None, *STOP)
+    runs = [Run(folder / "run") for folder in (tmp_path, tmp_path / "alone")]
+    assert_same_run(*runs)
+    ended = [run.read_status() for run in runs]
+    assert ended[0]["settled"]["step"] == ended[1]["settled"]["step"] == ended[0]["steps"] < 15
+
+
+def retrain(folder, searched, strategy=None):
+    run = Run(searched)
+    trained, wish = load_trained(run), Wish(mode="rewind", epochs=1)
+    ticket = Path.load(run.folder).ticket(density=0.8, order="weight")
+    recipe, start = retraining(run, trained, ticket, wish, data_for(trained, wish, root=None))
+    loop.train(recipe, folder / "run", strategy=strategy, start=start)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_ticket_retrained_on_two_ranks_is_the_one_retrained_on_one(tmp_path, alone, strategy):
+    retrain(tmp_path / "alone", alone.folder)
+    spawn(retrain, 2, tmp_path, alone.folder, strategy)
+    runs = [Run(folder / "run") for folder in (tmp_path, tmp_path / "alone")]
+    ours, theirs = (safetensors.torch.load_file(run.model) for run in runs)
+    assert_close(ours, theirs, rtol=0, atol=1e-9)
+    dead, weight = theirs["1.weight"].abs().sum(1) == 0, theirs["1.weight"]
+    assert 0 < int(dead.sum()) < len(weight)
+    began = safetensors.torch.load_file(alone.init)["1.weight"]
+    assert not torch.equal(weight[~dead], began[~dead])  # something was trained
 
 
 def refused(folder):
