@@ -36,6 +36,7 @@ ORDER = [
     "monitors",  # what to watch along the path
     "selection",  # scores -> ticket of a wanted density
     "levels",  # the lambda above which a wanted share lies
+    "invariance",  # weights whose size a normalisation undoes
     "targets",  # ... and what it will have to be at the end
     "calibration",  # DensityControl
     "pathlines",  # what the lines of a path's file hold

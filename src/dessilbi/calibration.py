@@ -9,8 +9,7 @@ converge is known only while lambda is constant.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,7 @@ from dessilbi.levels import Blocks
 from dessilbi.optimizer import is_phantom_step
 from dessilbi.scheduling import claim_lam, release_lam
 from dessilbi.selection import LAYER_FLOOR
-from dessilbi.targets import Record, Target
+from dessilbi.targets import Record, Target, controlled, targets_of
 
 Mode = Literal["track", "late"]
 MODES: tuple[Mode, ...] = ("track", "late")
@@ -106,14 +105,16 @@ class DensityControl:
         self.total_time, self.total_steps = total_time, total_steps
         self.step, self.time = 0, 0.0
         self._looked = 0
-        self.targets, self._places = _targets(optimizer, density, floor)
+        self.targets, self._places = targets_of(optimizer, density, floor)
         self._optimizer = optimizer
         warn_about_coupling(optimizer, total_time, largest_alpha=largest)
         claim_lam(optimizer, "DensityControl")
         for target, norms in self._norms():
             target.note(0, 0.0, target.blocks(norms).level(target.budget))
         self._write()
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._handles = [optimizer.register_step_post_hook(self._after_step)]
+        if mode == "track":
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         # Before all other observers, so that a Path records the support under the new lambda
         # whichever of the two was made first; behind what enforces a ticket, which changes V.
         hooks = optimizer._optimizer_step_post_hooks
@@ -149,7 +150,7 @@ class DensityControl:
 
     def _find_units(self) -> None:
         """Look the units up again: loading replaces the optimizer's groups."""
-        units = _units(self._optimizer)
+        units = controlled(self._optimizer)
         for target, places in zip(self.targets, self._places, strict=True):
             target.units = [units[place] for place in places]
 
@@ -159,14 +160,24 @@ class DensityControl:
         norms = iter(dual.norms_of(self._optimizer, units))
         return [(target, [next(norms) for _ in target.units]) for target in self.targets]
 
+    def _look(self, time: float) -> int:
+        """How many looks are due by a path time."""
+        return math.floor(time / self.total_time * LOOKS[self.mode] + _NEARLY)
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before a look, see whose gradients leave the size of the weights alone."""
+        if self._look(self.time + alpha_now(optimizer)) > self._looked:
+            self._find_units()
+            for target in self.targets:
+                target.watch_gradients()
+
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if is_phantom_step(optimizer):
             return
         self.step += 1
         self.time += alpha_now(optimizer)
-        looks = LOOKS[self.mode]
-        look = math.floor(self.time / self.total_time * looks + _NEARLY)
+        look = self._look(self.time)
         due = look > self._looked or self.step == self.total_steps
         self._looked = max(look, self._looked)
         if self.mode == "track" and due:
@@ -277,7 +288,8 @@ class DensityControl:
 
     def close(self) -> None:
         """Stop watching; lambda stays what it is."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         release_lam(self._optimizer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,57 +346,3 @@ def _check(
         )
     if floor is not None and not 0 <= floor <= 1:
         raise ValueError(f"floor={floor!r} is not allowed: it must be from 0 to 1, or None")
-
-
-def _units(optimizer: Optimizer, *, named: bool = False) -> list[Sequence[dual.Member]]:
-    found = dual.named_members(optimizer) if named else dual.members(optimizer)
-    return [unit for unit in dual.units_of(found) if math.prod(unit[0].grid)]
-
-
-def _targets(
-    optimizer: Optimizer, density: float | Mapping[str, float], floor: float | None
-) -> tuple[list[Target], list[list[int]]]:
-    """One target for each pattern that was given a density, and the places of its units."""
-    wanted = density if isinstance(density, Mapping) else {"*": density}
-    units = _units(optimizer, named=isinstance(density, Mapping))
-    if not units:
-        dual.named_members(optimizer)  # says why there is nothing to control
-        raise ValueError("the structured tensors of this optimizer have no elements")
-    chosen: dict[str, list[int]] = {pattern: [] for pattern in wanted}
-    for place, unit in enumerate(units):
-        rules = {_first_match(member.name, wanted) for member in unit}
-        if len(rules) > 1:
-            names = ", ".join(member.name for member in unit)
-            raise ValueError(
-                f"{names} live in one unit but come under different patterns of density: "
-                f"write one pattern that matches them all"
-            )
-        if (rule := rules.pop()) is not None:
-            chosen[rule].append(place)
-    for pattern, places in chosen.items():
-        if not places:
-            names = ", ".join(member.name for unit in units[:6] for member in unit)
-            raise ValueError(
-                f"the pattern {pattern!r} of density decides for no structured tensor: "
-                f"those are {names}"
-            )
-    targets = [
-        Target(pattern, [units[place] for place in places], wanted[pattern], floor)
-        for pattern, places in chosen.items()
-    ]
-    for target in targets:
-        _check_lams(target)
-    return targets, list(chosen.values())
-
-
-def _check_lams(target: Target) -> None:
-    infinite = [math.isinf(unit[0].lam) for unit in target.units]
-    if any(infinite) and not all(infinite):
-        raise ValueError(
-            f"lam is infinite for some tensors of {target.name} and not for others: give them all "
-            f"a finite one (their ratios are kept), or none"
-        )
-
-
-def _first_match(name: str, patterns: Iterable[str]) -> str | None:
-    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)

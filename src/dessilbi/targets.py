@@ -6,14 +6,17 @@ norms will have become at the end is foreseen from how they grow now (docs/densi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dessilbi import dual
 from dessilbi.forecast import extrapolated
+from dessilbi.invariance import is_scale_free
 from dessilbi.levels import Blocks
 from dessilbi.storage import from_number
 
@@ -109,6 +112,8 @@ class Target:
         self.lam = math.inf
         self.own: list[float | None] = [None] * len(self.units)
         self.fixed = False
+        # Per unit, whether its weights keep their size, since a normalisation undoes it.
+        self.steady = [False] * len(self.units)
         # For a late lambda: per unit the largest norm ever, and whether a block ever entered.
         self.largest = [0.0] * len(self.units)
         self.entered = [False] * len(self.units)
@@ -160,18 +165,23 @@ class Target:
                 for n, s in zip(now, slopes, strict=True)
             ]
         counts = reach(LASTING * slowing(self.trend), left)
-        return [(n + s * counts).clamp(min=0) for n, s in zip(now, slopes, strict=True)]
+        return [
+            (n + s * (left if steady else counts)).clamp(min=0)
+            for n, s, steady in zip(now, slopes, self.steady, strict=True)
+        ]
 
     def _follow(self, blocks: Blocks, slopes: Sequence[Tensor], time: float, total: float) -> None:
-        """Take in how fast the blocks around the wanted share grow."""
+        """Take in how fast the blocks around the wanted share grow, of those that slow down."""
         low, high = (
             blocks.level(
                 max(self._least, min(int(f * self.budget), int(ALMOST_ALL * self.elements)))
             )
             for f in reversed(BAND)
         )
-        found = []
+        found = [torch.empty(0)]
         for i, (norms, slope) in enumerate(zip(blocks.norms, slopes, strict=True)):
+            if self.steady[i]:
+                continue
             near = (norms >= blocks.threshold(i, low)) & (norms <= blocks.threshold(i, high))
             found.append((slope / blocks.threshold(i, 1.0))[near].cpu())
         flat = torch.cat(found)
@@ -179,6 +189,10 @@ class Target:
             self.trend.append((time, float(flat.mean())))
         while self.trend and self.trend[0][0] < time - RECENT * total / _JUST:
             del self.trend[0]
+
+    def watch_gradients(self) -> None:
+        """Before a step, find the units that are scale-free."""
+        self.steady = [is_scale_free(m.param for m in unit) for unit in self.units]
 
     def foresee(self, blocks: Blocks, expected: Sequence[Tensor]) -> tuple[float, float]:
         """Return (q now, the lambda that q will have become at the end)."""
@@ -250,6 +264,7 @@ class Target:
             "lam": self.lam,
             "own": list(self.own),
             "fixed": self.fixed,
+            "steady": list(self.steady),
             "largest": list(self.largest),
             "entered": list(self.entered),
             "reached": self._reached,
@@ -266,6 +281,7 @@ class Target:
         self.lam = from_number(state["lam"])
         self.own = [None if lam is None else float(lam) for lam in state["own"]]
         self.fixed = bool(state["fixed"])
+        self.steady = [bool(steady) for steady in state["steady"]]
         self.largest = [float(value) for value in state["largest"]]
         self.entered = [bool(value) for value in state["entered"]]
         self._reached = float(state["reached"])
@@ -274,3 +290,71 @@ class Target:
 def _above(largest: float) -> float:
     """A lambda that a norm does not exceed, also after rounding."""
     return largest * (1 + 1e-12)
+
+
+def controlled(optimizer: Optimizer, *, named: bool = False) -> list[Sequence[dual.Member]]:
+    """Return the units of an optimizer that have blocks, in order."""
+    found = dual.named_members(optimizer) if named else dual.members(optimizer)
+    return [unit for unit in dual.units_of(found) if math.prod(unit[0].grid)]
+
+
+def targets_of(
+    optimizer: Optimizer, density: float | Mapping[str, float], floor: float | None
+) -> tuple[list[Target], list[list[int]]]:
+    """Return a target for each pattern that was given a density, and the places of its units.
+
+    Args:
+        optimizer: A DessiLBI (or wrapped) optimizer.
+        density: As in :class:`dessilbi.DensityControl`.
+        floor: As in :class:`dessilbi.DensityControl`.
+
+    Returns:
+        The targets, and for each the places of its units in :func:`controlled`.
+
+    Raises:
+        ValueError: No group has a structure, a pattern fits nothing, or members of one unit come
+            under different patterns.
+    """
+    wanted = density if isinstance(density, Mapping) else {"*": density}
+    units = controlled(optimizer, named=isinstance(density, Mapping))
+    if not units:
+        dual.named_members(optimizer)  # says why there is nothing to control
+        raise ValueError("the structured tensors of this optimizer have no elements")
+    chosen: dict[str, list[int]] = {pattern: [] for pattern in wanted}
+    for place, unit in enumerate(units):
+        rules = {_first_match(member.name, wanted) for member in unit}
+        if len(rules) > 1:
+            names = ", ".join(member.name for member in unit)
+            raise ValueError(
+                f"{names} live in one unit but come under different patterns of density: "
+                f"write one pattern that matches them all"
+            )
+        if (rule := rules.pop()) is not None:
+            chosen[rule].append(place)
+    for pattern, places in chosen.items():
+        if not places:
+            names = ", ".join(member.name for unit in units[:6] for member in unit)
+            raise ValueError(
+                f"the pattern {pattern!r} of density decides for no structured tensor: "
+                f"those are {names}"
+            )
+    targets = [
+        Target(pattern, [units[place] for place in places], wanted[pattern], floor)
+        for pattern, places in chosen.items()
+    ]
+    for target in targets:
+        _check_lams(target)
+    return targets, list(chosen.values())
+
+
+def _check_lams(target: Target) -> None:
+    infinite = [math.isinf(unit[0].lam) for unit in target.units]
+    if any(infinite) and not all(infinite):
+        raise ValueError(
+            f"lam is infinite for some tensors of {target.name} and not for others: give them all "
+            f"a finite one (their ratios are kept), or none"
+        )
+
+
+def _first_match(name: str, patterns: Iterable[str]) -> str | None:
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
