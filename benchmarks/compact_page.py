@@ -98,7 +98,7 @@ def write():
     half = load("compact-half.jsonl")
     if half:
         parts += [HALF, table(HALF_COLUMNS, map(half_row, half))]
-    file = RESULTS / "random-nets.json"
+    file = RESULTS / "measured" / "random-nets.json"
     if file.exists():
         parts.append(nets(json.loads(file.read_text())))
     (ROOT / "docs" / "compaction-zoo.md").write_text("\n".join(parts) + "\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compact random nets with random tickets and write docs/results/random-nets.json.
+"""Compact random nets with random tickets and write docs/results/measured/random-nets.json.
 
 python benchmarks/random_nets.py        # 300 nets; needs the tests beside it
 
@@ -38,7 +38,7 @@ def main(count: int = 300) -> None:
         "refused": refused.total(),
         "reasons": dict(refused.most_common()),
     }
-    write_json(ROOT / "docs" / "results" / "random-nets.json", record)
+    write_json(ROOT / "docs" / "results" / "measured" / "random-nets.json", record)
     print(record)
 
 

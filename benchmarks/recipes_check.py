@@ -163,6 +163,7 @@ def page() -> str:
         "from the decay what has entered. Where such blocks are many, as with the authors' numbers",
         "for ImageNet and for lasso, the support may fill up in time, and a ticket is taken from",
         "the path before that. Recipes that say a density have neither column: lambda is found.",
+        "In recipes that grow (grow-*), a full layer is what asks for a wider one.",
         "",
         "| recipe | source | lr, epochs, batch | R | checked | enters anyway | from epoch |",
         "|---|---|---|---|---|---|---|",
