@@ -23,9 +23,9 @@ saved state. Floor 0.05, the default.
 Reported: reached/wanted. Goals: "end" from below within one block; "frozen" within 15 % of what
 was wanted, or one block where that is more; "late": the factor. No layer below its floor.
 Changed once, after the first 79 cells (seed 10): the forecast then took weights behind a
-normalisation to slow down like others, and 2 of 8 frozen ResNet-8 met the goal. The rule was changed
-on seeds 0 to 2, and the cells of ResNet-8 with "end" and "frozen" were measured anew; those of LeNet,
-which has no normalisation, and of "late" do not depend on it.
+normalisation to slow down like others, and 2 of 8 frozen ResNet-8 met the goal. The rule was
+changed on seeds 0 to 2, and the cells of ResNet-8 with "end" and "frozen" were measured anew; those
+of LeNet, which has no normalisation, and of "late" do not depend on it.
 Accuracies are of 4,000 validation images: W, and W on supp(Gamma) with BatchNorm re-estimated.
 """
 
