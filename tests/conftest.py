@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,24 @@ def kernel_cache(tmp_path_factory):
 def built_kernel(kernel_cache, monkeypatch):
     """Let a test step with the built CPU kernel."""
     monkeypatch.setenv("DESSILBI_CACHE", str(kernel_cache))
+
+
+@pytest.fixture
+def command_line(monkeypatch, tmp_path):
+    """An empty folder to call commands in, where the data set "few" is known.
+
+    Commands set the handler of SIGTERM, how warnings are shown, and flush denormals.
+    """
+    import tiny  # loads torch
+    import torch
+
+    from dessilbi.training.data import DATA_SETS
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DESSILBI_DATA", raising=False)
+    monkeypatch.setitem(DATA_SETS, "few", tiny.FEW)
+    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    warnings.showwarning = show
+    torch.set_flush_denormal(False)

@@ -12,34 +12,16 @@ import warnings
 import pytest
 import tiny
 import torch
+from commands import assert_failed, call
 from tiny import QUICK, own_copy, shared_run
-from typer.testing import CliRunner
 
 from dessilbi import Path, Ticket, __version__, close
-from dessilbi.cli import app
 from dessilbi.cli.tour import DENSITIES
 from dessilbi.runs import Run, locked
 from dessilbi.shrinking import example_of
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.finetune import load_trained
 from dessilbi.training.recipes import load_recipe, recipe_names
-
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch, tmp_path):
-    """Commands set the handler of SIGTERM, how warnings are shown, and flush denormals."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DESSILBI_DATA", raising=False)
-    monkeypatch.setitem(DATA_SETS, "few", tiny.FEW)
-    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    warnings.showwarning = show
-    torch.set_flush_denormal(False)
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="dessilbi")
 
 
 @pytest.fixture
@@ -51,16 +33,6 @@ def recipe(tmp_path):
 
 def quick(recipe, *more):
     return ["train", recipe, *(a for s in QUICK for a in ("--set", s)), *more]
-
-
-def assert_failed(result, code, *words):
-    """One line on standard error, nothing on standard output, no traceback."""
-    assert result.exit_code == code
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    for word in words:
-        assert str(word) in result.stderr
 
 
 # train
@@ -627,6 +599,8 @@ sys.modules["torch"] = None  # importing it is an error from here on
 sys.argv[1:] = {arguments}
 main()
 """
+
+pytestmark = pytest.mark.usefixtures("command_line")
 
 
 def test_the_help_of_a_command_loads_no_torch():

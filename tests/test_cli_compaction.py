@@ -4,17 +4,14 @@
 import copy
 import json
 import shutil
-import signal
-import warnings
 
 import pytest
 import tiny
 import torch
+from commands import assert_failed, call
 from tiny import QUICK, shared_run, train_tiny
-from typer.testing import CliRunner
 
 from dessilbi import Path, Ticket, close, load_compact
-from dessilbi.cli import app
 from dessilbi.runs import Run
 from dessilbi.shrinking import example_of
 from dessilbi.storage import sha256_of
@@ -24,36 +21,12 @@ from dessilbi.training.evaluation import masked
 from dessilbi.training.finetune import load_trained
 from dessilbi.training.models import build_model
 
+pytestmark = pytest.mark.usefixtures("command_line")
+
 NUMBERS = (
     *("params_before", "params_after", "macs_before", "macs_after", "bytes_before", "bytes_after"),
     *("latency_ms_before", "latency_ms_after", "max_abs_diff"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch, tmp_path):
-    """Commands set the handler of SIGTERM and how warnings are shown."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DESSILBI_DATA", raising=False)
-    monkeypatch.setitem(DATA_SETS, "few", tiny.FEW)
-    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    warnings.showwarning = show
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="dessilbi")
-
-
-def assert_failed(result, code, *words):
-    """One line on standard error, nothing on standard output, no traceback."""
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    for word in words:
-        assert str(word) in result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -2,39 +2,20 @@
 """grow on the command line: its JSON, what works with a grown run afterwards, errors."""
 
 import json
-import signal
-import warnings
 
 import pytest
-import tiny
-from typer.testing import CliRunner
-
-from dessilbi.cli import app
-from dessilbi.training.data import DATA_SETS
+from commands import call
 
 # What a net of a few filters, trained for a few steps, is rightly warned about.
-pytestmark = pytest.mark.filterwarnings("ignore:many units are dead", "ignore:no block can enter")
+pytestmark = [
+    pytest.mark.usefixtures("command_line"),
+    pytest.mark.filterwarnings("ignore:many units are dead", "ignore:no block can enter"),
+]
 
 SMALL = (
     *("data=few", "validation=100", "batch_size=50", "epochs=1", "points=2", "judged=1"),
     *("grow.every=1", "grow.max_rounds=2", "optimizer.lam=1e-4", "grow.target_accuracy=1.0"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch, tmp_path):
-    """Commands set the handler of SIGTERM and how warnings are shown."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DESSILBI_DATA", raising=False)
-    monkeypatch.setitem(DATA_SETS, "few", tiny.FEW)
-    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    warnings.showwarning = show
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="dessilbi")
 
 
 def settings(*more):

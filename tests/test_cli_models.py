@@ -2,33 +2,16 @@
 """dessilbi plan: what a recipe could remove, without data."""
 
 import json
-import signal
-import warnings
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import call
 
 from dessilbi import plan
-from dessilbi.cli import app
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.models import build_model
 
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch, tmp_path):
-    """Commands set the handler of SIGTERM and how warnings are shown."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DESSILBI_DATA", raising=False)
-    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    warnings.showwarning = show
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="dessilbi")
-
+pytestmark = pytest.mark.usefixtures("command_line")
 
 RESNET = ("plan", "mnist-lenet", "--set", "model=resnet8", "--set", "structure={}")
 

@@ -3,16 +3,13 @@
 
 import itertools
 import json
-import signal
-import warnings
 
 import pytest
 import torch
+from commands import assert_failed, call
 from tiny import own_copy, shared_run
-from typer.testing import CliRunner
 
 from dessilbi import Path
-from dessilbi.cli import app
 from dessilbi.training.curve import BY, SHARES, _best_first, _pruned, curve_of, names_of
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.finetune import load_trained
@@ -82,24 +79,16 @@ def test_names_of_layers_may_be_short(path):
         names_of(path, ["convv3"])
 
 
+@pytest.mark.usefixtures("command_line")
 def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
     run = own_copy(tmp_path)
     monkeypatch.setitem(curve_of.__kwdefaults__, "shares", (0.2, 0.8))
-    try:
-        wanted = ["prune-curve", str(run.folder), "--layers", "conv3,fc1", "--no-finetune"]
-        result = CliRunner().invoke(app, wanted)
-        bad = CliRunner().invoke(app, ["prune-curve", str(run.folder), "--layers", "x"])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        warnings.showwarning = show
-        torch.set_flush_denormal(False)
+    result = call("prune-curve", run.folder, "--layers", "conv3,fc1", "--no-finetune")
     assert result.exit_code == 0, result.output
     assert "magnitude" in result.stdout
     told = json.loads((run.curves / "conv3+fc1.json").read_text())
     assert len(told["points"]) == 6
     assert "saved as" in result.stdout
     assert told["layers"] == ["conv3.weight", "fc1.weight"]
-    assert bad.exit_code == 1
-    assert bad.stderr.startswith("error: 'x' is no structured layer")
+    bad = call("prune-curve", run.folder, "--layers", "x")
+    assert_failed(bad, 1, "error: 'x' is no structured layer")

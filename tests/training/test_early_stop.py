@@ -3,18 +3,15 @@
 
 import json
 import signal
-import warnings
 from unittest.mock import patch
 
 import pytest
 import tiny
-import torch
+from commands import call
 from tiny import FEW, Recorder, denormals_kept, train_tiny
 from torch import nn
-from typer.testing import CliRunner
 
 from dessilbi import Path
-from dessilbi.cli import app
 from dessilbi.runs import Run
 from dessilbi.settling import settled
 from dessilbi.storage import read_lines
@@ -141,20 +138,12 @@ def test_a_run_that_never_settles_trains_all_epochs(tmp_path):
     assert (told["settled"], told["epochs_saved"], told["steps"]) == (None, 0.0, 15)
 
 
-def test_the_command_line_says_how_many_epochs_were_saved(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(DATA_SETS, "few", FEW)
-    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
+@pytest.mark.usefixtures("command_line")
+def test_the_command_line_says_how_many_epochs_were_saved(tmp_path):
     (tmp_path / "tiny.toml").write_text(tiny.TOML)
     sets = [a for s in SHORT for a in ("--set", s)]
-    try:
-        result = CliRunner().invoke(app, ["train", "tiny.toml", *sets, "--stop-when-ticket"])
-        assert result.exit_code == 0, result.output
-        stop = ["--set", STOP[-2], "--json"]
-        again = CliRunner().invoke(app, ["train", "tiny.toml", *sets, *stop])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        warnings.showwarning = show
-        torch.set_flush_denormal(False)
+    result = call("train", "tiny.toml", *sets, "--stop-when-ticket")
+    assert result.exit_code == 0, result.output
     assert "The support never settled: all epochs were trained." in result.stdout
+    again = call("train", "tiny.toml", *sets, "--set", STOP[-2], "--json")
     assert json.loads(again.stdout)["epochs_saved"] > 0

@@ -2,55 +2,29 @@
 """Studies: a ticket and its controls, several times, in one table."""
 
 import json
-import signal
 import statistics
-import warnings
 
 import pytest
 import tiny
-import torch
+from commands import assert_failed, call
 from tiny import QUICK, train_tiny
-from typer.testing import CliRunner
 
 from dessilbi import Path, Ticket
-from dessilbi.cli import app
 from dessilbi.runs import Run
 from dessilbi.storage import read_json
 from dessilbi.training import studying
 from dessilbi.training.data import DATA_SETS
 
-pytestmark = pytest.mark.filterwarnings("ignore:layers that keep less")
-
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DESSILBI_DATA", raising=False)
-    monkeypatch.setitem(DATA_SETS, "few", tiny.FEW)
-    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    warnings.showwarning = show
-    torch.set_flush_denormal(False)
+pytestmark = [
+    pytest.mark.usefixtures("command_line"),
+    pytest.mark.filterwarnings("ignore:layers that keep less"),
+]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few") / "run"
     return train_tiny(folder, *QUICK, "finetune.epochs=1")
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="dessilbi")
-
-
-def assert_failed(result, code, *words):
-    assert result.exit_code == code
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    for word in words:
-        assert str(word) in result.stderr
 
 
 def test_all_runs_the_ticket_and_its_controls_in_one_table(run, tmp_path):
