@@ -17,7 +17,8 @@ from dessilbi import Path
 from dessilbi.runs import Run, TrainingError
 from dessilbi.storage import read_lines
 from dessilbi.training import guards, loop
-from dessilbi.training.data import DATA_SETS
+from dessilbi.training.data import DATA_SETS, load_data
+from dessilbi.training.guards import resuming
 from dessilbi.training.models import IMAGE_MODELS, MODELS
 
 # 5 steps an epoch, 15 in all; a checkpoint at the end of each epoch.
@@ -284,10 +285,17 @@ def test_an_image_that_vanishes_is_one_sentence_and_the_run_goes_on_when_it_is_b
     options = {"data_root": pictures, "reporter": After(2, vanish)}
     with pytest.raises(ValueError, match=r"\.png is not there any more: put it back") as found:
         train_tiny(tmp_path / "run", *IMAGES, "workers=0", **options)
-    assert "go on with: dessilbi train --resume" in found.value.__notes__[0]
+    again = f"go on with: dessilbi train --resume {tmp_path / 'run'} --data {pictures}"
+    assert found.value.__notes__[0].endswith(again)
     shutil.move(away, pictures / "pictures" / "train")
     run = resume(tmp_path / "run", data_root=pictures)
     assert run.model.read_bytes() == whole.model.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["digits", "generated:mnist"])
+def test_the_command_to_go_on_with_names_no_data_where_none_are_read(name):
+    data = load_data(name, root="data", validation=9, seed=0)
+    assert resuming(Run("my runs/a"), data) == "dessilbi train --resume 'my runs/a'"
 
 
 def test_a_run_does_not_go_on_with_other_samples(tmp_path, pictures):

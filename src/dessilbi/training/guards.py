@@ -8,6 +8,7 @@ W, V, momentum, BatchNorm statistics and the clock stay as they were, in every p
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from shlex import quote
 from typing import Literal, NoReturn
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from dessilbi.runs import Run, TrainingError
 from dessilbi.sharding import local
 from dessilbi.training.checkpoints import Checkpoints
+from dessilbi.training.data import Data
 from dessilbi.training.engine import Engine
 from dessilbi.training.position import Position, Totals
 from dessilbi.training.recipes import Recipe
@@ -126,11 +128,17 @@ class Guard:
         skip = "" if self._skips else " and pass over such batches"
         advice = (
             f"lower optimizer.lr (now {float(lr):.3g}) or raise optimizer.nu and train again, or "
-            f"go on from {good}{skip} with: dessilbi train --resume {self.run.folder} --on-nan skip"
+            f"go on from {good}{skip} with: {resuming(self.run, self.setting.data)} --on-nan skip"
         )
         raise TrainingError(
             f"{what} at step {self.position.step + 1}: {advice}; what was saved is kept"
         )
+
+
+def resuming(run: Run, data: Data) -> str:
+    """Return the command that goes on with a run, as one can paste it."""
+    told = f"dessilbi train --resume {quote(str(run.folder))}"
+    return told if data.root is None else f"{told} --data {quote(data.root)}"
 
 
 @contextmanager

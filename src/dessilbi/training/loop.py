@@ -13,7 +13,7 @@ from dessilbi.sealing import close_seal
 from dessilbi.training.checkpoints import Checkpoint
 from dessilbi.training.engine import Engine, Strategy, engine_for, num_processes
 from dessilbi.training.environment import flushed_denormals
-from dessilbi.training.guards import OnNan, explained
+from dessilbi.training.guards import OnNan, explained, resuming
 from dessilbi.training.objective import loss_of
 from dessilbi.training.opening import compare, new_run, owned, watching_of
 from dessilbi.training.progress import Reporter, Silent
@@ -213,15 +213,14 @@ def _go(
             _set_status(run, engine, status, **facts)
             if not finished:
                 told = f"saved after step {session.position.step}"
-                watching.reporter.say(f"{told}; go on with: dessilbi train --resume {run.folder}")
+                watching.reporter.say(f"{told}; go on with: {resuming(run, setting.data)}")
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(OSError):
                 _set_status(run, engine, status, reason=str(error))
             if isinstance(error, OSError | ValueError):
-                error.add_note(
-                    f"what was saved is kept, go on with: dessilbi train --resume {run.folder}"
-                )
+                again = resuming(run, setting.data)
+                error.add_note(f"what was saved is kept, go on with: {again}")
             raise
         finally:
             watching.close(status)

@@ -77,20 +77,28 @@ def load_data(
         length=length,
         workers=workers,
     )
-    kind, _, rest = name.partition(":")
     with torch.device("cpu"):
-        if name in DATA_SETS:
-            return load_image_set(DATA_SETS[name], wish)
-        if name in TEXTS:
-            return load_text(read_text(root, TEXTS[name], name=name), wish)
-        if name in FOLDERS:
-            return _checked(load_folder(FOLDERS[name][0], wish), FOLDERS[name][1])
-        if kind == "folder":
-            return load_folder(rest, wish)
-        if kind == "text" and rest:
-            return load_text(read_text(root, rest, name=name), wish)
-        if kind == "generated" and rest:
-            return _load_generated(rest, wish)
+        data = _loaded(wish)
+    made_up = name.startswith("generated:")
+    needs_files = DATA_SETS[name].needs_files if name in DATA_SETS else not made_up
+    return replace(data, root=str(root)) if needs_files and root is not None else data
+
+
+def _loaded(wish: Wish) -> Data:
+    name, root = wish.name, wish.root
+    kind, _, rest = name.partition(":")
+    if name in DATA_SETS:
+        return load_image_set(DATA_SETS[name], wish)
+    if name in TEXTS:
+        return load_text(read_text(root, TEXTS[name], name=name), wish)
+    if name in FOLDERS:
+        return _checked(load_folder(FOLDERS[name][0], wish), FOLDERS[name][1])
+    if kind == "folder":
+        return load_folder(rest, wish)
+    if kind == "text" and rest:
+        return load_text(read_text(root, rest, name=name), wish)
+    if kind == "generated" and rest:
+        return _load_generated(rest, wish)
     raise _unknown(name)
 
 

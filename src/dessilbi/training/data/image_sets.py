@@ -30,6 +30,7 @@ class DataSet:
         in_channels: Of the images.
         side: Of the images, in pixels.
         augment: What shuffled batches go through.
+        needs_files: Whether it is read from the data folder.
     """
 
     read: Read
@@ -39,11 +40,14 @@ class DataSet:
     in_channels: int = 1
     side: int = 28
     augment: Augment | None = None
+    needs_files: bool = True
 
 
 DATA_SETS: dict[str, DataSet] = {
-    "digits": DataSet(lambda root, download: digits(), mean=0.3055, std=0.3248),
-    "synthetic-mnist": DataSet(lambda root, download: synthetic(), mean=0.1038, std=0.1531),
+    "digits": DataSet(lambda root, download: digits(), mean=0.3055, std=0.3248, needs_files=False),
+    "synthetic-mnist": DataSet(
+        lambda root, download: synthetic(), mean=0.1038, std=0.1531, needs_files=False
+    ),
     "mnist": DataSet(partial(read_mnist, name="mnist", dataset="MNIST"), mean=0.1307, std=0.3081),
     "fashion-mnist": DataSet(
         partial(read_mnist, name="fashion-mnist", dataset="FashionMNIST"), mean=0.2860, std=0.3530

@@ -25,6 +25,7 @@ class Data:
         side: Pixels of a side of them.
         length: Characters of a text sample; None where the inputs are no text.
         vocabulary: The characters that the classes of a text stand for; else empty.
+        root: The data folder that was given and needed; None where no files are read.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Data:
     side: int | None = None
     length: int | None = None
     vocabulary: str = ""
+    root: str | None = None
 
     def blank(self, count: int = 1) -> Tensor:
         """Return ``count`` empty inputs in the shape of the samples, on the CPU."""
