@@ -47,6 +47,7 @@ ORDER = [
     "unread",  # blocks whose every reader is dead
     "closing",  # a ticket extended to what hangs on it
     "cutting",  # kept indices, applied to tensors and modules
+    "maximising",  # the input that excites a filter most
     "counting",  # multiply-accumulates of one sample
     "widening",  # indices that come again where a unit gets wider
     "costs",  # what a cut leaves, in numbers

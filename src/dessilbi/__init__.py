@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dessilbi.groups import param_groups as param_groups
     from dessilbi.growth import Grown as Grown
     from dessilbi.growth import grow as grow
+    from dessilbi.maximising import maximise as maximise
     from dessilbi.optimizer import DessiLBI as DessiLBI
     from dessilbi.path import Path as Path
     from dessilbi.planning import Plan as Plan
@@ -40,6 +41,7 @@ _PUBLIC = {
     "export": "dessilbi.exporting",
     "grow": "dessilbi.growth",
     "load_compact": "dessilbi.saving",
+    "maximise": "dessilbi.maximising",
     "param_groups": "dessilbi.groups",
     "plan": "dessilbi.planning",
     "save_compact": "dessilbi.saving",

@@ -73,7 +73,7 @@ def _inner_runs(place: FilePath) -> list[FilePath]:
 
 
 def _is_listed(place: FilePath, run: Run) -> bool:
-    made = (run.checkpoints, run.tickets, run.compacted, run.curves)
+    made = (run.checkpoints, run.tickets, run.compacted, run.curves, run.figures)
     return place in made and not place.is_symlink()
 
 

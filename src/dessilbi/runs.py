@@ -138,6 +138,11 @@ class Run:
         return self.folder / "curves"
 
     @property
+    def figures(self) -> FilePath:
+        """Folder of the figures drawn of this run."""
+        return self.folder / "figures"
+
+    @property
     def compacted(self) -> FilePath:
         """Folder of the smaller models made from this run."""
         return self.folder / "compact"

@@ -16,8 +16,10 @@ from dessilbi.cli.family import path, ticket
 from dessilbi.cli.growing import grow
 from dessilbi.cli.models import plan
 from dessilbi.cli.retraining import prune_curve, retrain
+from dessilbi.cli.seeing import filters
 from dessilbi.cli.tour import demo
 from dessilbi.cli.training import recipes, train
+from dessilbi.reporting.fitting import SPELLED
 
 COMMANDS = (
     demo,
@@ -28,6 +30,7 @@ COMMANDS = (
     ticket,
     retrain,
     prune_curve,
+    filters,
     compact,
     export,
     verify,
@@ -66,5 +69,5 @@ def main() -> None:
     """Run the command line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without Greek letters shows "?"
+            stream.reconfigure(errors=SPELLED)  # a terminal without Greek letters shows G for Gamma
     app(prog_name="dessilbi")

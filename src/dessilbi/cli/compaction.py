@@ -3,6 +3,7 @@
 
 from enum import StrEnum
 from pathlib import Path as FilePath
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from dessilbi.cli.terminal import (
     print_json,
 )
 from dessilbi.cli.verification import verify_run
+from dessilbi.reporting.fitting import paragraph
 from dessilbi.runs import Run, free_path
 from dessilbi.storage import to_json
 
@@ -63,12 +65,14 @@ def compact(
         return
     closed = shrunk.compacted.closed
     typer.echo(f"density {chosen.density:.4g}, closed {closed.density:.4g}")
-    typer.echo(shrunk.compacted.proof)
+    for line in str(shrunk.compacted.proof).splitlines():
+        typer.echo(paragraph(line, indent=2))
     typer.echo(
         f"accuracy {shrunk.accuracy_before:.4f} masked, {shrunk.accuracy_after:.4f} compact; "
         f"{shrunk.same} of {shrunk.total} predictions identical"
     )
-    typer.echo(f"saved in {place}; export it with: dessilbi export {place} --format onnx")
+    typer.echo(f"saved in {place}; export it with:")
+    typer.echo(f"  dessilbi export {quote(str(place))} --format onnx")
 
 
 @guarded

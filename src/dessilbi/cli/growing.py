@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands on networks that change their size: grow."""
 
-from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 import typer
 
 from dessilbi.cli.terminal import (
     DataOption,
+    DeviceOption,
+    DownloadOption,
     JsonOption,
+    OutOption,
+    RecipeArgument,
+    ResumeOption,
     SetOption,
+    console,
     data_root,
     fail,
     guarded,
     print_json,
 )
-from dessilbi.cli.training import DeviceName
 from dessilbi.runs import Run
 from dessilbi.storage import read_lines
 from dessilbi.training.recipes import Recipe, RecipeError, load_recipe, recipe_names
@@ -23,9 +27,7 @@ from dessilbi.training.recipes import Recipe, RecipeError, load_recipe, recipe_n
 
 @guarded
 def grow(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A recipe's name, or a TOML file.", show_default=False)
-    ] = None,
+    recipe: RecipeArgument = None,
     assignments: SetOption = None,
     target_accuracy: Annotated[
         float | None,
@@ -36,12 +38,10 @@ def grow(
     max_width: Annotated[int | None, typer.Option(help="Never more in a layer.")] = None,
     max_rounds: Annotated[int | None, typer.Option(help="Never more checks.")] = None,
     data: DataOption = None,
-    out: Annotated[FilePath | None, typer.Option(help="The run folder to make.")] = None,
-    resume: Annotated[
-        FilePath | None, typer.Option(metavar="RUN", help="Go on with a run that was cut short.")
-    ] = None,
-    device: Annotated[DeviceName | None, typer.Option(help="Where to compute.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch missing data.")] = False,
+    out: OutOption = None,
+    resume: ResumeOption = None,
+    device: DeviceOption = None,
+    download: DownloadOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a network that starts narrow and widens where its support asks for it."""
@@ -92,13 +92,8 @@ def _tell(run: Run, *, as_json: bool) -> None:
         spent = rounds[-1]["training_macs"] if rounds else None
         print_json({"run": str(run.folder), "rounds": told, "training_macs": spent, **status})
         return
-    for line in rounds:
-        sizes = ", ".join(f"{name} {width}" for name, width in line["sizes"].items())
-        right = "" if line["accuracy"] is None else f", accuracy {line['accuracy']:.4f}"
-        typer.echo(
-            f"epoch {line['epoch']:>4}: {line['params']:,} parameters, {line['macs']:,} MACs{right}"
-        )
-        typer.echo(f"            {sizes}")
     if rounds:
-        typer.echo(f"training took {rounds[-1]['training_macs']:,} MACs in all")
+        from dessilbi.reporting.tables import growth_table
+
+        console().print(growth_table(rounds))
     typer.echo(f"The run is in {run.folder}; see its path with: dessilbi path {run.folder}")

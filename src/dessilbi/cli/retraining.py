@@ -9,6 +9,7 @@ import typer
 
 from dessilbi.cli.terminal import (
     DataOption,
+    DeviceOption,
     JsonOption,
     RunArgument,
     console,
@@ -17,7 +18,6 @@ from dessilbi.cli.terminal import (
     guarded,
     print_json,
 )
-from dessilbi.cli.training import DeviceName
 from dessilbi.runs import Run, free_path
 from dessilbi.storage import write_json
 
@@ -68,7 +68,7 @@ def retrain(
     resume: Annotated[
         FilePath | None, typer.Option(metavar="DIR", help="Go on with what was cut short.")
     ] = None,
-    device: Annotated[DeviceName | None, typer.Option(help="Where to compute.")] = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a ticket again: fine-tuned, rewound, and beside its controls."""

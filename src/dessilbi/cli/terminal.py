@@ -11,12 +11,14 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 
+from dessilbi.reporting.fitting import WIDTH, printable
 from dessilbi.runs import TrainingError
 from dessilbi.storage import to_json
 from dessilbi.training.recipes import RecipeError
@@ -35,6 +37,30 @@ SetOption = Annotated[
 RunArgument = Annotated[FilePath, typer.Argument(help="A run folder.", metavar="RUN")]
 
 
+class DeviceName(StrEnum):
+    """Where to compute, as words of the command line."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    MPS = "mps"
+
+
+# What the commands that train have in common.
+RecipeArgument = Annotated[
+    str | None, typer.Argument(help="A recipe's name, or a TOML file.", show_default=False)
+]
+OutOption = Annotated[FilePath | None, typer.Option("--out", help="The run folder to make.")]
+ResumeOption = Annotated[
+    FilePath | None,
+    typer.Option("--resume", metavar="RUN", help="Go on with a run that was cut short."),
+]
+DeviceOption = Annotated[
+    DeviceName | None, typer.Option("--device", help="Where to compute; by default what is there.")
+]
+DownloadOption = Annotated[bool, typer.Option("--download", help="Fetch missing data.")]
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM arrived."""
 
@@ -50,12 +76,12 @@ def speaks() -> bool:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     if speaks():
-        typer.echo(f"warning: {_printable(str(message))}", err=True)
+        typer.echo(f"warning: {printable(str(message))}", err=True)
 
 
 def fail(error: object, code: int) -> typer.Exit:
     """Print an error and return the exit to raise."""
-    told = _printable(_sentence(error))
+    told = printable(_sentence(error))
     if speaks():
         typer.echo(f"error: {told}", err=True)
     elif isinstance(error, OSError):  # all else is the same in every process
@@ -73,11 +99,6 @@ def _sentence(error: object) -> str:
         "what was already written is kept, name a place that works with --out and start again"
     ]
     return "; ".join([f"could not read or write{where}: {error.strerror}", *advice])
-
-
-def _printable(text: str) -> str:
-    """Keep what files and their names say from moving the cursor or breaking the line."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -107,8 +128,20 @@ def data_root(data: str | None) -> str | None:
 
 
 def console() -> Console:
-    """Return a console that is 80 columns wide where standard output is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+    """Return a console: 80 columns and no colour where standard output is not a terminal.
+
+    Nor is there colour where NO_COLOR is set or the terminal is dumb, whatever else is set. Names
+    are no markup.
+    """
+    is_terminal = sys.stdout.isatty()
+    return Console(
+        width=None if is_terminal else WIDTH,
+        force_terminal=is_terminal,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
 
 
 def print_json(value: dict[str, Any]) -> None:

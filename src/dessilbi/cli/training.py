@@ -9,7 +9,12 @@ import typer
 
 from dessilbi.cli.terminal import (
     DataOption,
+    DeviceOption,
+    DownloadOption,
     JsonOption,
+    OutOption,
+    RecipeArgument,
+    ResumeOption,
     SetOption,
     data_root,
     fail,
@@ -17,6 +22,7 @@ from dessilbi.cli.terminal import (
     print_json,
     speaks,
 )
+from dessilbi.reporting.fitting import paragraph
 from dessilbi.runs import Run
 from dessilbi.training.recipes import (
     RecipeError,
@@ -27,15 +33,6 @@ from dessilbi.training.recipes import (
     validate_recipe,
 )
 from dessilbi.training.telling import to_toml
-
-
-class DeviceName(StrEnum):
-    """Where to compute, as words of the command line."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-    MPS = "mps"
 
 
 class StrategyName(StrEnum):
@@ -61,9 +58,7 @@ class OnNanName(StrEnum):
 
 @guarded
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A recipe's name, or a TOML file.", show_default=False)
-    ] = None,
+    recipe: RecipeArgument = None,
     assignments: SetOption = None,
     density: Annotated[
         str | None,
@@ -81,10 +76,8 @@ def train(
         typer.Option(metavar="R", help="R = kappa T/nu; nu follows, ramped. 10 is good."),
     ] = None,
     data: DataOption = None,
-    out: Annotated[FilePath | None, typer.Option(help="The run folder to make.")] = None,
-    resume: Annotated[
-        FilePath | None, typer.Option(metavar="RUN", help="Go on with a run that was cut short.")
-    ] = None,
+    out: OutOption = None,
+    resume: ResumeOption = None,
     parent: Annotated[
         FilePath | None,
         typer.Option("--from", metavar="RUN", help="Go on from a run, with --ticket cut out."),
@@ -93,7 +86,7 @@ def train(
     stop_when_ticket: Annotated[
         bool, typer.Option("--stop-when-ticket", help="End when the support has settled.")
     ] = False,
-    device: Annotated[DeviceName | None, typer.Option(help="Where to compute.")] = None,
+    device: DeviceOption = None,
     strategy: Annotated[
         StrategyName | None, typer.Option(help="How processes started by torchrun share the work.")
     ] = None,
@@ -111,7 +104,7 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also draw curves, into the run folder.")
     ] = False,
-    download: Annotated[bool, typer.Option("--download", help="Fetch missing data.")] = False,
+    download: DownloadOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe once and record its path, or go on with a run, or from one."""
@@ -229,7 +222,7 @@ def _list(context: typer.Context) -> None:
         names = recipe_names()
         width = max(map(len, names))
         for name in names:
-            typer.echo(f"{name:{width}}  {load_recipe(name).summary}")
+            typer.echo(paragraph(load_recipe(name).summary, f"{name:{width}}  "))
 
 
 @recipes.command()

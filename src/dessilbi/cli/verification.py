@@ -6,6 +6,9 @@ from pathlib import Path as FilePath
 import typer
 
 from dessilbi.cli.terminal import print_json
+from dessilbi.reporting.fitting import paragraph, printable
+
+WIDEST = 44  # columns for the names of files
 
 
 def verify_run(folder: FilePath, *, as_json: bool) -> None:
@@ -18,10 +21,14 @@ def verify_run(folder: FilePath, *, as_json: bool) -> None:
         told = [vars(finding) for finding in findings]
         print_json({"run": str(folder), "sound": not faults, "files": told})
     else:
-        width = max(len(finding.file) for finding in findings)
+        width = min(WIDEST, max(len(printable(finding.file)) for finding in findings))
         for finding in findings:
-            detail = f"  {finding.detail}" if finding.detail else ""
-            typer.echo(f"{finding.file:{width}}  {finding.state:9}{detail}".rstrip())
+            name = printable(finding.file)
+            if len(name) > width:  # a line of its own
+                typer.echo(name)
+                name = ""
+            label = f"{name:{width}}  {finding.state:9}  "
+            typer.echo(paragraph(finding.detail, label, indent=4))
         count = len(faults)
         verdict = f"{count} of {len(findings)} are damaged or missing" if count else "sound"
         typer.echo(f"{folder}: {verdict}")

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables for the terminal; they fit 80 columns."""
+"""Tables for the terminal; they fit 80 columns, whatever layers and runs are called."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
 from dessilbi.drawing import Drawn
+from dessilbi.reporting.filters import Filters
+from dessilbi.reporting.fitting import WIDTH, paragraph, short_names, sparkline
 from dessilbi.reporting.summary import Row, Summary, thinned
 from dessilbi.shrinking import Shipped, Shrunk
 from dessilbi.training.curve import CurvePoint
 from dessilbi.training.finetune import Outcome
 from dessilbi.training.studying import Row as RetrainedRow
 
-MAX_LAYER_COLUMNS = 5
 ROWS = 20
+LAYERS = 20  # whose curves are shown
+NAME, CURVE = 24, 40  # columns of a name beside a curve, and of a curve
 
 
 def percent(value: float | None) -> str:
@@ -26,20 +30,67 @@ def path_table(summary: Summary) -> Group:
     """Return the path as a table: accuracy of W, ticket and Gamma against density (all in %)."""
     rows = thinned(summary.judged or summary.rows, ROWS)
     shown = f"{len(rows)} of {len(summary.rows)} points"
-    table = Table(box=None, pad_edge=False)
-    for column in ("epoch", "density", "W", "ticket", "Γ"):
-        table.add_column(column, justify="right")
-    names = list(rows[0].layers) if rows else []
-    layers = names if len(names) <= MAX_LAYER_COLUMNS else []
-    for name in layers:
-        table.add_column(name.removesuffix(".weight"), justify="right", style="dim")
+    columns = ("epoch", "density", "W", "ticket", "Γ")
+    layers = _layer_columns(rows)
+    table = _table(*columns)
+    for name in layers.values():
+        table.add_column(name, justify="right", style="dim", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row), *(percent(row.layers[name]) for name in layers))
     return Group(
-        f"{summary.recipe.get('name')}: from simple to complex ({shown}, all in %)",
+        paragraph(f"{summary.recipe.get('name')}: from simple to complex ({shown}, all in %)"),
         table,
         "W: dense weights; ticket: W on supp(Γ), nothing retrained; test split\n",
+        *_curves(summary),
     )
+
+
+def _table(*numbers: str, words: Sequence[str] = ()) -> Table:
+    """A table with columns of words, and of numbers after them."""
+    table = Table(box=None, pad_edge=False)
+    for column in words:
+        table.add_column(column, no_wrap=True)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _layer_columns(rows: Sequence[Row]) -> dict[str, str]:
+    """The layers that have a column of their own, where all of them have the room; what to say."""
+    names = _layers_of(rows)
+    left = WIDTH - len("epoch  density  100.0  ticket  100.0")
+    return names if sum(2 + max(5, len(name)) for name in names.values()) <= left else {}
+
+
+def _layers_of(rows: Sequence[Row]) -> dict[str, str]:
+    """The tensors of a run and their short names."""
+    names = list(rows[0].layers) if rows else []
+    short = short_names([name.removesuffix(".weight") for name in names], NAME)
+    return dict(zip(names, short, strict=True))
+
+
+def _curves(summary: Summary) -> Iterator[Any]:
+    """How accuracies and densities went over the recorded points, a line for each."""
+    rows, judged = summary.rows, summary.judged
+    if len(rows) < 2:
+        return
+    curves: dict[str, list[float | None]] = {
+        "accuracy of W": [row.accuracy for row in judged],
+        "accuracy of the ticket": [row.ticket_accuracy for row in judged],
+        "accuracy of Γ": [row.gamma_accuracy for row in judged],
+        "density of Γ": [row.density for row in rows],
+    }
+    layers = _layers_of(rows)
+    for name in list(layers)[:LAYERS]:
+        curves[layers[name]] = [row.layers[name] for row in rows]
+    table = _table("first", "last", words=("", "over all points"))
+    for name, values in curves.items():
+        if len(values) > 1:
+            table.add_row(name, sparkline(values, CURVE), *map(percent, (values[0], values[-1])))
+    yield table
+    if len(layers) > LAYERS:
+        yield f"... and {len(layers) - LAYERS} more layers; --json has them all"
+    yield "each curve from its own lowest to its highest value, first and last in %\n"
 
 
 def _cells(row: Row) -> list[str]:
@@ -50,9 +101,7 @@ def _cells(row: Row) -> list[str]:
 
 def outcome_table(outcomes: Sequence[Outcome], dense: float, epochs: int) -> Group:
     """Return tickets of several densities before and after their fine-tune (all in %)."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("density", "of all parameters", "at once", "fine-tuned"):
-        table.add_column(column, justify="right")
+    table = _table("density", "of all parameters", "at once", "fine-tuned")
     for o in outcomes:
         table.add_row(
             percent(o.density), percent(o.density_of_model), percent(o.before), percent(o.after)
@@ -76,10 +125,7 @@ def size_table(shrunk: Shrunk, files: Shipped | None, dense: float) -> Group:
             ("ONNX file, bytes", files.bytes_before, files.bytes_after, ",.0f"),
             ("onnxruntime, ms", files.latency_ms_before, files.latency_ms_after, ".3f"),
         ]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for column in ("masked", "compact", "share %"):
-        table.add_column(column, justify="right")
+    table = _table("masked", "compact", "share %", words=("",))
     for name, before, after, form in rows:
         table.add_row(name, format(before, form), format(after, form), percent(after / before))
     table.add_row("accuracy", percent(shrunk.accuracy_before), percent(shrunk.accuracy_after), "")
@@ -94,9 +140,7 @@ def size_table(shrunk: Shrunk, files: Shipped | None, dense: float) -> Group:
 
 def family_table(members: Sequence[Drawn], order: str) -> Group:
     """Return closed tickets of several densities with what their compacted models cost."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("density %", "parameters", "MACs", "bytes", "accuracy %"):
-        table.add_column(column, justify="right")
+    table = _table("density %", "parameters", "MACs", "bytes", "accuracy %")
     for member in members:
         cost = member.cost
         table.add_row(
@@ -113,22 +157,20 @@ def family_table(members: Sequence[Drawn], order: str) -> Group:
 
 def study_table(rows: Sequence[RetrainedRow], data: str | None) -> Group:
     """Return a retrained ticket and its controls (accuracies in %)."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("mode")
-    for column in ("density", "params", "epochs", "before", "val", "test", "+-", "runs"):
-        table.add_column(column, justify="right")
+    columns = ("density", "params", "epochs", "before", "val", "test", "+-", "runs")
+    table = _table(*columns, words=("mode",))
     for row in rows:
         table.add_row(
             row.mode,
             percent(row.density),
-            f"{row.params:,}",
+            _count(row.params),
             str(row.epochs),
             *(_two(value) for value in (row.before, row.val_accuracy, row.accuracy, row.std)),
             str(row.repetitions),
         )
     where = "" if data is None else f" on {data}, its head afresh"
     return Group(
-        f"A ticket, trained again{where} (in %)",
+        paragraph(f"A ticket, trained again{where} (in %)"),
         table,
         "before: test accuracy before any training; +-: deviation over the runs\n",
     )
@@ -137,8 +179,7 @@ def study_table(rows: Sequence[RetrainedRow], data: str | None) -> Group:
 def curve_table(points: Sequence[CurvePoint], names: Sequence[str], dense: float) -> Group:
     """Return what is left of a net whose layers were pruned, by share and order (in %)."""
     orders = list(dict.fromkeys(point.order for point in points))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("pruned", justify="right")
+    table = _table("pruned")
     for order in orders:
         table.add_column(order, justify="right")
         table.add_column("tuned", justify="right", style="dim")
@@ -147,10 +188,58 @@ def curve_table(points: Sequence[CurvePoint], names: Sequence[str], dense: float
         cells = [(found[order].at_once, found[order].fine_tuned) for order in orders]
         table.add_row(percent(share), *(_two(value) for pair in cells for value in pair))
     return Group(
-        f"{', '.join(names)} pruned by order (test accuracy in %)",
+        paragraph(f"{', '.join(names)} pruned by order (test accuracy in %)"),
         table,
         f"tuned: after fine-tuning; the dense W has {_two(dense)}\n",
     )
+
+
+def growth_table(rounds: Sequence[Mapping[str, Any]]) -> Group:
+    """Return the sizes that a network had while it grew, and the widths of its layers."""
+    table = _table("after epoch", "parameters", "MACs", "accuracy %")
+    for line in rounds:
+        counts = (f"{line[name]:,}" for name in ("params", "macs"))
+        table.add_row(str(line["epoch"]), *counts, _two(line["accuracy"]))
+    names = list(dict.fromkeys(name for line in rounds for name in line["sizes"]))
+    short = short_names(names, NAME)
+    room = max(map(len, short), default=0) + 2
+    widths = [
+        paragraph(
+            " ".join(str(line["sizes"].get(name, "-")) for line in rounds),
+            label.ljust(room),
+        )
+        for name, label in zip(names, short, strict=True)
+    ]
+    return Group(
+        "A network that grew (validation accuracy)",
+        table,
+        "\nwidths, from its start to its end",
+        *widths,
+        f"\ntraining took {rounds[-1]['training_macs']:,} MACs in all",
+    )
+
+
+def filter_table(found: Filters) -> Group:
+    """Return the filters of a layer that entered first, and how much each answers to its image."""
+    by = "step" if any(each.epoch is None for each in found.entered) else "epoch"
+    table = _table("filter", by, *(["on noise", "on its image"] if found.filters[0].after else []))
+    shown = found.entered[:ROWS]
+    for each in shown:
+        moment = str(each.step) if each.epoch is None else f"{each.epoch:.1f}"
+        answers = () if each.after is None else (f"{each.before:.3g}", f"{each.after:.3g}")
+        table.add_row(str(each.index), moment, *answers)
+    title = f"{found.layer} of {found.recipe}: {found.total_entered} of {found.total} entered Γ"
+    more = found.total_entered - len(shown)
+    return Group(
+        paragraph(title + (", the first:" if more else "")),
+        *([table] if shown else []),
+        *([f"... and {more} more; --json has them all"] if more else []),
+    )
+
+
+def _count(number: int) -> str:
+    """A number in at most 11 columns."""
+    return f"{number:,}" if number < 10**9 else f"{number / 1e6:,.0f} M"
 
 
 def _two(value: float | None) -> str:
