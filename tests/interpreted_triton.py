@@ -26,6 +26,8 @@ CASES = {
     "column": ((70, 40), "channel", torch.contiguous_format),
     "kernel-channels-last": ((12, 8, 3, 3), "kernel", torch.channels_last),
     "4x4": ((16, 60), (4, 4), torch.contiguous_format),
+    "packed": ((24, 30), "head:4+4+4", torch.contiguous_format),
+    "packed-columns": ((30, 24), (None, (4, 4, 4)), torch.contiguous_format),
     "layer": ((40, 50), "layer", torch.contiguous_format),
 }
 

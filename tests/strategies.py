@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hypothesis strategies: shapes, blocks that fit them, tensors cut into blocks."""
+"""Hypothesis strategies: shapes, blocks that fit them, tensors cut into blocks; blocks by loops."""
 
 import torch
 from hypothesis import strategies as st
@@ -15,8 +15,12 @@ def shapes(min_rank=1, max_rank=5, min_side=1):
 
 
 def block_lengths(size):
-    """Every length that divides ``size``, or None."""
-    return st.sampled_from([None, *(n for n in range(1, size + 1) if size % n == 0)])
+    """Every length that divides ``size``, None, or lengths of packed parts."""
+    plain = [None, *(n for n in range(1, size + 1) if size % n == 0)]
+    parts = [(n, n) for n in range(1, size + 1) if size % (2 * n) == 0]
+    parts += [(n, 1) for n in range(2, size) if size % (n + 1) == 0]
+    parts += [(1, 2, 1)] * (size % 4 == 0)
+    return st.sampled_from([*plain, *parts])
 
 
 @st.composite
@@ -40,3 +44,20 @@ def cut_tensors(draw):
     """A float64 tensor and a block that divides it."""
     shape, block = draw(cut_shapes())
     return draw(tensors(shape)), block
+
+
+def block_of(index, block, shape):
+    """Grid position of the block that holds the element at ``index``."""
+    return tuple(place(*where) for where in zip(index, block, shape, strict=True))
+
+
+def place(i, length, size):
+    """The block of an index along one dimension."""
+    if not isinstance(length, tuple):
+        return 0 if length is None else i // length
+    count = size // sum(length)
+    for part in length:
+        if i < part * count:
+            return i // part
+        i -= part * count
+    raise AssertionError("behind the last part")

@@ -155,7 +155,9 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("block", [(1, None), (None, 1), (2, 2), (1, 1), (None, None), (3, None)])
+@pytest.mark.parametrize(
+    "block", [(1, None), (None, 1), (2, 2), (1, 1), (None, None), (3, None), ((1, 1), None)]
+)
 @pytest.mark.parametrize("name", CUTS)
 def test_a_cut_ticket_says_of_what_stays_what_it_said_before(name, block):
     spec = TensorSpec((6, 4), block)

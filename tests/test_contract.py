@@ -16,7 +16,9 @@ STRUCTURES = {
     "layer": {"structure": "layer", "dampening": 0.5},
     "2x2": {"structure": (2, 2), "weight_decay": 1e-3},
     "unit": {"structure": "filter", "unit": True},
+    "packed": {"structure": ((1, 1), None)},
 }
+UNEVEN = ((2, 1), None)
 
 
 def grouped(named, structure, unit=False):
@@ -28,6 +30,8 @@ def grouped(named, structure, unit=False):
         fits = structure
         if isinstance(structure, tuple):
             fits = (*structure, *[None] * (p.dim() - 2)) if p.dim() > 1 else None
+            if structure == UNEVEN and (p.dim() < 2 or p.shape[0] % 3):
+                fits = None
         elif structure in ("filter", "channel") and p.dim() < 2:
             fits = None
         joint = f"rows {p.shape[0]}" if unit and fits is not None else None
@@ -54,6 +58,7 @@ FACTORIES = {
     for foreach in (False, True)
 }
 FACTORIES |= {
+    "uneven": dessilbi(structure=UNEVEN, block_scale="sqrt"),
     "wrap-sgd": wrapped(torch.optim.SGD, kappa=2.0, lr=0.05, momentum=0.9, nesterov=True),
     "wrap-adamw": wrapped(
         torch.optim.AdamW, structure="element", lr=0.02, kappa=1.5, nu=0.2, eps=1e-3

@@ -223,11 +223,30 @@ def test_unit_without_example_inputs_is_refused():
         param_groups(lenet(), {"5.weight": "unit"})
 
 
-def test_unit_for_packed_attention_is_refused_with_the_runs():
+def test_heads_of_packed_attention_are_blocks_in_three_parts():
     model = nn.TransformerEncoderLayer(8, 2, 6, batch_first=True)
-    graph = read_graph(model, torch.ones(1, 3, 8))
-    with pytest.raises(ValueError, match="is packed: 3 runs of 4 rows make one block"):
-        groups_on(graph, model, {"self_attn.in_proj_weight": "unit"})
+    groups = param_groups(model, example_inputs=torch.ones(1, 3, 8))
+    (heads,) = [g for g in groups if g["params"][0][0] == "self_attn.in_proj_weight"]
+    assert heads["structure"] == "head:4+4+4"
+    assert heads["unit"] == "self_attn.in_proj_weight"
+
+
+class Interleaved(nn.Module):
+    """Rows of the layer meet the second half of another one in reverse order."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.a(x)) * self.b(x).flip(-1))
+
+
+def test_unit_for_blocks_out_of_order_is_refused_with_the_reason():
+    model = Interleaved()
+    graph = read_graph(model, torch.ones(1, 3, 4))
+    with pytest.raises(ValueError, match=r"the blocks of b\.weight do not follow one another"):
+        groups_on(graph, model, {"b.weight": "unit"})
 
 
 def test_a_structure_that_cuts_the_same_blocks_stays_in_the_unit(known):

@@ -182,12 +182,11 @@ def test_every_parameter_is_listed_with_its_structure_and_reason(plans):
     assert (project.structure, project.unit, project.why) == ("filter", "stem.weight", "")
 
 
-def test_packed_attention_is_said_to_be_packed():
+def test_heads_of_packed_attention_are_selected_as_a_whole_unless_a_rule_cuts_them():
     model = nn.TransformerEncoderLayer(8, 2, 6, batch_first=True)
     planned = plan(model, example_inputs=torch.ones(1, 3, 8))
     heads = unit_of(planned, "self_attn.in_proj_weight")
-    assert (heads.removal, heads.num_blocks) == ("never", 2)
-    assert heads.why.endswith("is packed: 3 runs of 4 rows make one block")
+    assert (heads.removal, heads.kind, heads.num_blocks) == ("whole", "head", 2)
     cut = plan(model, {"self_attn.in_proj_weight": "head:4"}, example_inputs=torch.ones(1, 3, 8))
     assert unit_of(cut, "self_attn.in_proj_weight").removal == "apart"
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cut_shapes, cut_tensors, shapes, tensors
+from strategies import block_of, cut_shapes, cut_tensors, shapes, tensors
 from torch.testing import assert_close
 
 from dessilbi.structure import (
+    alias_of,
     block_norms,
     block_size,
     expand,
@@ -26,11 +27,6 @@ from dessilbi.structure import (
 LAMBDAS = st.floats(1e-3, 30.0)
 
 
-def block_of(index, block):
-    """Grid position of the block that holds the element at ``index``."""
-    return tuple(0 if b is None else i // b for i, b in zip(index, block, strict=True))
-
-
 def elements(shape):
     return itertools.product(*(range(size) for size in shape))
 
@@ -38,7 +34,7 @@ def elements(shape):
 def brute_norms(x, block):
     squares = {}
     for index in elements(x.shape):
-        key = block_of(index, block)
+        key = block_of(index, block, x.shape)
         squares[key] = squares.get(key, 0.0) + float(x[index]) ** 2
     return {key: math.sqrt(square) for key, square in squares.items()}
 
@@ -78,7 +74,7 @@ def test_alias_joins_exactly_the_elements_its_name_says(alias, shape):
     together = 0
     for a, b in itertools.combinations(elements(shape), 2):
         expected = same_block_by_alias(alias, a, b)
-        assert (block_of(a, block) == block_of(b, block)) == expected
+        assert (block_of(a, block, shape) == block_of(b, block, shape)) == expected
         together += expected
     assert (together > 0) == (alias != "element")
 
@@ -95,6 +91,12 @@ def test_a_block_tuple_resolves_to_itself(case):
     shape, block = case
     assert resolve(block, shape) == block
     assert resolve(list(block), torch.Size(shape)) == block
+
+
+def test_packed_parts_may_be_lists_and_one_part_is_a_plain_length():
+    assert resolve(([2, 1], [4]), (6, 8)) == ((2, 1), 4)
+    assert resolve("head:2+1+1", (8, 3)) == ((2, 1, 1), None)
+    assert alias_of(((2, 1, 1), None)) == "head:2+1+1"
 
 
 @given(shapes())
@@ -129,6 +131,15 @@ def test_element_and_layer_fit_every_shape(shape):
         ((1.0, None), (4, 9), r"block length 1\.0"),
         (("1", None), (4, 3), r"block length '1'"),
         ((np.int64(2), None), (4, 11), r"block length np\.int64\(2\)"),
+        (
+            ((), None),
+            (4, 3),
+            r"block length \(\): .* a tuple of them \(one per packed part\), or None",
+        ),
+        (((1, 0), None), (4, 3), r"block length \(1, 0\)"),
+        (((2, 1), None), (4, 3), r"blocks of 3 in all do not fit dimension 0 of size 4"),
+        ("head:2+1", (4, 3), r"blocks of 3 in all do not fit dimension 0 of size 4"),
+        ("head:2+", (4, 3), r"'head:2\+' of fc\.weight is not known"),
         (5, (4, 3), r"structure 5 of fc\.weight is not allowed: use one of"),
         ({1, 2}, (4, 3), r"structure \{1, 2\} of fc\.weight is not allowed"),
     ],
@@ -147,7 +158,7 @@ def test_a_bad_entry_is_refused_also_after_an_equal_good_one(entry):
 
 def test_an_unhashable_entry_is_refused_like_any_other_bad_entry():
     with pytest.raises(ValueError, match="block length"):
-        resolve(([1], None), (4, 5))
+        resolve(({1}, None), (4, 5))
 
 
 @given(cut_shapes())
@@ -155,7 +166,7 @@ def test_grid_and_block_size_count_blocks_and_their_elements(case):
     shape, block = case
     counts = {}
     for index in elements(shape):
-        key = block_of(index, block)
+        key = block_of(index, block, shape)
         counts[key] = counts.get(key, 0) + 1
     grid = grid_shape(block, shape)
     assert set(counts) == set(elements(grid))
@@ -180,7 +191,7 @@ def test_expand_gives_every_element_the_value_of_its_block(case):
     full = expand(values, block, shape)
     assert tuple(full.shape) == shape
     for index in elements(shape):
-        assert full[index] == values[block_of(index, block)]
+        assert full[index] == values[block_of(index, block, shape)]
 
 
 @given(cut_tensors(), LAMBDAS)
@@ -189,7 +200,7 @@ def test_shrink_equals_a_loop_over_blocks(case, lam):
     norms = brute_norms(x, block)
     result = shrink(x, block, lam)
     for index in elements(x.shape):
-        norm = norms[block_of(index, block)]
+        norm = norms[block_of(index, block, x.shape)]
         scale = max(0.0, 1 - lam / norm) if norm else 0.0
         assert float(result[index]) == pytest.approx(scale * float(x[index]), rel=1e-9, abs=1e-12)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cut_shapes
+from strategies import block_of, cut_shapes
 from torch import nn
 
 from dessilbi import DessiLBI, Ticket
@@ -58,8 +58,7 @@ def brute_mask(ticket, name):
     spec, mask = ticket.specs[name], ticket[name]
     full = torch.zeros(spec.shape, dtype=torch.bool)
     for index in torch.cartesian_prod(*map(torch.arange, spec.shape)).reshape(-1, len(spec.shape)):
-        cut = zip(index.tolist(), spec.block, strict=True)
-        full[tuple(index)] = mask[tuple(0 if b is None else i // b for i, b in cut)]
+        full[tuple(index)] = mask[block_of(index.tolist(), spec.block, spec.shape)]
     return full
 
 

@@ -21,6 +21,7 @@ from dessilbi.graph import Graph, read_graph
 from dessilbi.graph.labels import Axis, Ids
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.graph.units import CLOSABLE
+from dessilbi.structure import extent, owners
 from dessilbi.ticket import TensorSpec, Ticket
 from dessilbi.unread import unread_blocks
 
@@ -217,13 +218,14 @@ def _refine(
         masks[name] = torch.ones(specs[name].grid, dtype=torch.bool)
     block, mask = list(specs[name].block), masks[name]
     for dim, wanted in lengths.items():
-        length = shape[dim] if block[dim] is None else int(block[dim] or 1)
-        finer = gcd(length, wanted)
-        if finer != length:
-            mask = mask.repeat_interleave(length // finer, dim)
+        length = block[dim]
+        parts = length if isinstance(length, tuple) else (extent(length, shape[dim]),)
+        finer = gcd(*parts, wanted)
+        if (finer,) != parts:  # packed blocks always come apart into runs
+            mask = mask.index_select(dim, owners(length, shape[dim])[::finer])
             block[dim] = finer
     specs[name], masks[name] = TensorSpec(shape, tuple(block)), mask
-    return tuple(n if length is None else length for n, length in zip(shape, block, strict=True))
+    return tuple(extent(length, n) for n, length in zip(shape, block, strict=True))
 
 
 def dead_blocks(graph: Graph, ticket: Ticket) -> Flags:
@@ -250,9 +252,8 @@ def _empty_slices(ticket: Ticket, name: str, dim: int, shape: tuple[int, ...]) -
     if name not in ticket:
         return np.zeros(shape[dim], bool)
     blocks = ticket[name]
-    count = blocks.shape[dim]
-    alive = blocks.movedim(dim, 0).reshape(count, -1).any(dim=1)
-    return np.asarray(~alive.repeat_interleave(shape[dim] // count).numpy())
+    alive = blocks.movedim(dim, 0).reshape(blocks.shape[dim], -1).any(dim=1)
+    return np.asarray(~alive[owners(ticket.specs[name].block[dim], shape[dim])].numpy())
 
 
 def settle(

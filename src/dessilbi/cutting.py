@@ -16,7 +16,7 @@ from dessilbi.closing import Flags, flagged
 from dessilbi.graph import Graph
 from dessilbi.graph.labels import Ids
 from dessilbi.naming import tensor_names
-from dessilbi.structure import Block, expand
+from dessilbi.structure import Block, expand, extent, indices
 from dessilbi.ticket import TensorSpec, Ticket
 
 
@@ -109,10 +109,11 @@ def _as_blocks(mask: Tensor, block: Block) -> tuple[TensorSpec, Tensor]:
     """Return an element-wise mask by blocks, finer ones where the cut went through them."""
     shape = tuple(mask.shape)
     for lengths in (block, tuple(n and 1 for n in block), (1,) * len(block)):
-        steps = [size if n is None else n for n, size in zip(lengths, shape, strict=True)]
-        if any(size % step for size, step in zip(shape, steps, strict=True)):
+        if any(size % extent(n, size) for n, size in zip(lengths, shape, strict=True)):
             continue
-        values = mask[tuple(slice(None, None, step) for step in steps)]
+        values = mask
+        for dim, (n, size) in enumerate(zip(lengths, shape, strict=True)):
+            values = values.index_select(dim, indices(n, size)[:, 0])
         if torch.equal(expand(values, lengths, shape), mask):
             break
     return TensorSpec(shape, lengths), values

@@ -24,7 +24,7 @@ from dessilbi.enforcing import Enforcement, enforcements
 from dessilbi.graph.labels import Ids
 from dessilbi.naming import tensor_names
 from dessilbi.sharding import is_sharded
-from dessilbi.structure import Block
+from dessilbi.structure import Block, indices
 from dessilbi.ticket import Ticket
 
 Scheduler = TypeVar("Scheduler")
@@ -143,7 +143,7 @@ def _kept_blocks(member: dual.Member, name: str, dim: int, cuts: Sequence[Cut]) 
     height = member.param.shape[0] // cut.groups
     if cut.groups > 1 and _spans(member.block, height) and (lines != lines[0]).any():
         raise _torn(member, name, "takes other channels from every group of")
-    blocks = lines.reshape(len(lines), -1, length)
+    blocks = lines[:, indices(length, lines.shape[1]).numpy()]
     if (blocks != blocks[..., :1]).any():
         raise _torn(member, name, "removes parts of the blocks of")
     return np.flatnonzero(blocks[0, :, 0])
@@ -151,7 +151,7 @@ def _kept_blocks(member: dual.Member, name: str, dim: int, cuts: Sequence[Cut]) 
 
 def _spans(block: Block, height: int) -> bool:
     """Whether blocks hold rows of several groups of ``height`` rows."""
-    return block[0] is None or height % block[0] != 0
+    return not isinstance(block[0], int) or height % block[0] != 0
 
 
 def _torn(member: dual.Member, name: str, what: str) -> ValueError:

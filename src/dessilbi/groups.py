@@ -197,14 +197,16 @@ def _settle(name: str, param: Tensor, options: dict[str, Any], place: _Place) ->
         return options | {"structure": alias_of(coupling.structure), "unit": coupling.unit}
     if wanted is not None:
         resolve(wanted, param.shape, name=name)
-    structure = wanted if wanted is None or isinstance(wanted, str) else tuple(wanted)
+    if wanted is None or isinstance(wanted, str):
+        return options | {"structure": wanted}
+    structure = tuple(tuple(n) if isinstance(n, list) else n for n in wanted)
     return options | {"structure": structure}
 
 
-def _cuts(structure: Structure, param: Tensor, name: str) -> list[int]:
+def _cuts(structure: Structure, param: Tensor, name: str) -> list[int | tuple[int, ...]]:
     """Block lengths in numbers, so that None and a whole dimension are the same."""
     block = resolve(structure, param.shape, name=name)
-    return [length or size for length, size in zip(block, param.shape, strict=True)]
+    return [size if n is None else n for n, size in zip(block, param.shape, strict=True)]
 
 
 def _check_asked(

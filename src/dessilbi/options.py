@@ -121,7 +121,8 @@ def check_structure(group: dict[str, Any]) -> None:
         check_placements(param, name)
         resolve(structure, param.shape, name=name)
     if not isinstance(structure, str):
-        group["structure"] = tuple(structure)  # a plain value that survives torch.load
+        # A plain value that survives torch.load.
+        group["structure"] = tuple(tuple(n) if isinstance(n, list) else n for n in structure)
 
 
 def _number(name: str, value: object) -> float:

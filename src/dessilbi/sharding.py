@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dessilbi.structure import Block, block_norms, grid_shape
+from dessilbi.structure import Block, Length, block_norms, grid_shape, owners
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -64,10 +64,12 @@ def _shard_groups(x: Any) -> tuple[Any, ...]:
     )
 
 
-def _block_ids(start: int, count: int, length: int | None, device: torch.device) -> Tensor:
+def _block_ids(start: int, count: int, length: Length, size: int, device: torch.device) -> Tensor:
     """For ``count`` indices from ``start`` along a dimension, the block each belongs to."""
     if length is None:
         return torch.zeros(count, dtype=torch.int64, device=device)
+    if isinstance(length, tuple):
+        return owners(length, size)[start : start + count].to(device)
     return torch.arange(start, start + count, device=device) // length
 
 
@@ -77,7 +79,7 @@ def _partial_squares(x: Any, block: Block) -> Tensor:
     for dim, (start, length) in enumerate(zip(_offset(x), block, strict=True)):
         blocks = grid_shape(block, x.shape)[dim]
         shape = list(squares.shape)
-        ids = _block_ids(start, shape[dim], length, squares.device)
+        ids = _block_ids(start, shape[dim], length, x.shape[dim], squares.device)
         shape[dim] = blocks
         squares = squares.new_zeros(shape).index_add_(dim, ids, squares)
     return squares
@@ -122,7 +124,7 @@ def local_values(values: Tensor, block: Block, x: Tensor) -> tuple[Tensor, Block
     for dim, (start, length) in enumerate(zip(_offset(x), block, strict=True)):
         if length is None:
             continue
-        ids = _block_ids(start, local(x).shape[dim], length, values.device)
+        ids = _block_ids(start, local(x).shape[dim], length, x.shape[dim], values.device)
         own, cut[dim] = own.index_select(dim, ids), 1
     return own, tuple(cut)
 

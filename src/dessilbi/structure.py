@@ -4,6 +4,9 @@
 A structure is a plain tuple with one entry per dimension: how long a block is along it, ``None``
 for all of it. The blocks of a tensor form its *grid*: one entry per dimension, how many blocks lie
 along it. Values per block (norms, scales, masks) are tensors of the grid's shape.
+
+A dimension that packs several parts one behind the other (q, k and v) has a tuple as its entry, one
+length per part: with ``(64, 64, 64)`` block b takes the b-th 64 indices of each third.
 """
 
 from collections.abc import Sequence
@@ -12,8 +15,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-Block = tuple[int | None, ...]
-Structure = str | Sequence[int | None]
+Length = int | None | tuple[int, ...]
+Block = tuple[Length, ...]
+Structure = str | Sequence[int | Sequence[int] | None]
 
 ALIASES = ("element", "filter", "neuron", "channel", "kernel", "head:N", "layer")
 _ALLOWED = f"one of {', '.join(ALIASES)}, or a tuple with one block length (or None) per dimension"
@@ -29,10 +33,12 @@ def resolve(structure: Structure, shape: Sequence[int], *, name: str = "tensor")
     | ``"channel"`` | (None, 1, None, ...): dimension 1 | >= 2 |
     | ``"kernel"`` | (1, 1, None, ...) | >= 3 |
     | ``"head:64"`` | (64, None) | 2 |
+    | ``"head:64+64+64"`` | ((64, 64, 64), None): q, k and v in one weight | 2 |
     | ``"layer"`` | all None | any |
 
     Args:
-        structure: An alias of the table, or one block length per dimension.
+        structure: An alias of the table, or one block length per dimension: None for all of it, a
+            tuple of lengths where several parts lie one behind the other.
         shape: The tensor's shape.
         name: How error messages call the tensor.
 
@@ -58,10 +64,11 @@ def resolve(structure: Structure, shape: Sequence[int], *, name: str = "tensor")
             f"give one block length (or None) for each of its {len(shape)} dimensions"
         )
     for dim, (length, size) in enumerate(zip(block, shape, strict=True)):
-        if length is not None and size % length:
+        if length is not None and size % extent(length, size):
+            told = length if isinstance(length, int) else f"{extent(length, size)} in all"
             raise ValueError(
                 f"structure {structure!r} does not divide {name} of shape {shape}: blocks of "
-                f"{length} do not fit dimension {dim} of size {size}; choose a divisor or None"
+                f"{told} do not fit dimension {dim} of size {size}; choose a divisor or None"
             )
     return block
 
@@ -69,26 +76,30 @@ def resolve(structure: Structure, shape: Sequence[int], *, name: str = "tensor")
 def _as_tuple(structure: object, name: str) -> Block:
     if not isinstance(structure, Sequence) or isinstance(structure, bytes):
         raise ValueError(f"structure {structure!r} of {name} is not allowed: use {_ALLOWED}")
-    for length in structure:
-        if length is not None and (type(length) is not int or length < 1):
+    block: list[Length] = []
+    for entry in structure:
+        parts = tuple(entry) if isinstance(entry, list | tuple) else (entry,)
+        if entry is not None and not (parts and all(type(n) is int and n >= 1 for n in parts)):
             raise ValueError(
-                f"structure {structure!r} of {name} has the block length {length!r}: "
-                f"each entry is a whole number >= 1 or None"
+                f"structure {structure!r} of {name} has the block length {entry!r}: each entry is "
+                f"a whole number >= 1, a tuple of them (one per packed part), or None"
             )
-    return tuple(structure)
+        block.append(parts if len(parts) > 1 else parts[0])
+    return tuple(block)
 
 
 def _from_alias(alias: str, shape: tuple[int, ...], name: str) -> Block:
     rank = len(shape)
     kind, _, length = alias.partition(":")
     needed = {"element": 0, "layer": 0, "filter": 2, "neuron": 2, "channel": 2, "kernel": 3}
-    if kind == "head" and length.isascii() and length.isdecimal() and int(length) >= 1:
+    parts = length.split("+")
+    if kind == "head" and all(n.isascii() and n.isdecimal() and int(n) >= 1 for n in parts):
         if rank != 2:
             raise ValueError(
                 f"structure {alias!r} needs a tensor with 2 dimensions but {name} has shape "
                 f"{shape}: give a tuple with one block length (or None) per dimension"
             )
-        return (int(length), None)
+        return (tuple(map(int, parts)) if len(parts) > 1 else int(length), None)
     if alias not in needed:
         raise ValueError(f"structure {alias!r} of {name} is not known: use {_ALLOWED}")
     if rank < needed[alias]:
@@ -114,8 +125,55 @@ def alias_of(block: Block) -> Structure:
         if length == 1 and dim < 2:
             return "channel" if dim else "neuron" if len(block) == 2 else "filter"
         if dim == 0 and len(block) == 2:
-            return f"head:{length}"
+            return f"head:{'+'.join(map(str, _parts(length)))}"
     return block
+
+
+def _parts(length: int | tuple[int, ...]) -> tuple[int, ...]:
+    return length if isinstance(length, tuple) else (length,)
+
+
+def extent(length: Length, size: int) -> int:
+    """Return how many indices one block takes along a dimension.
+
+    >>> extent(None, 84), extent(4, 84), extent((2, 1, 1), 84)
+    (84, 4, 4)
+    """
+    return size if length is None else sum(_parts(length))
+
+
+def indices(length: Length, size: int) -> Tensor:
+    """Return the indices that each block takes along a dimension, one row per block.
+
+    >>> indices((2, 1), 6)
+    tensor([[0, 1, 4],
+            [2, 3, 5]])
+    """
+    parts = (size,) if length is None else _parts(length)
+    count, start, found = size // max(1, sum(parts)), 0, []
+    for part in parts:
+        found.append(torch.arange(start, start + count * part).reshape(count, part))
+        start += count * part
+    return torch.cat(found, dim=1)
+
+
+def owners(length: Length, size: int) -> Tensor:
+    """Return the block that each index along a dimension belongs to.
+
+    >>> owners((2, 1), 6)
+    tensor([0, 0, 1, 1, 0, 1])
+    """
+    taken = indices(length, size)
+    found = torch.empty(size, dtype=torch.int64)
+    found[taken.reshape(-1)] = torch.arange(len(taken)).repeat_interleave(taken.shape[1])
+    return found
+
+
+def even_parts(length: Length) -> tuple[int, int] | None:
+    """Return how many parts of which one length a block has; None: parts of several lengths."""
+    if length is None or isinstance(length, int):
+        return None if length is None else (1, length)
+    return (len(length), length[0]) if len(set(length)) == 1 else None
 
 
 def grid_shape(block: Block, shape: Sequence[int]) -> tuple[int, ...]:
@@ -125,7 +183,8 @@ def grid_shape(block: Block, shape: Sequence[int]) -> tuple[int, ...]:
     (84, 1)
     """
     return tuple(
-        1 if length is None else size // length for length, size in zip(block, shape, strict=True)
+        1 if length is None else size // extent(length, size)
+        for length, size in zip(block, shape, strict=True)
     )
 
 
@@ -135,9 +194,7 @@ def block_size(block: Block, shape: Sequence[int]) -> int:
     >>> block_size((1, None), (84, 120))
     120
     """
-    return prod(
-        size if length is None else length for length, size in zip(block, shape, strict=True)
-    )
+    return prod(extent(length, size) for length, size in zip(block, shape, strict=True))
 
 
 def is_elementwise(block: Block) -> bool:
@@ -149,15 +206,22 @@ def _split(x: Tensor, block: Block) -> tuple[Tensor, list[int]]:
     """View ``x`` so that every block's own dimensions are apart; return them as well."""
     shape: list[int] = []
     inner: list[int] = []
-    for length, size in zip(block, x.shape, strict=True):
+    for dim, (length, size) in enumerate(zip(block, x.shape, strict=True)):
         if length is None:
             inner.append(len(shape))
             shape.append(size)
-        elif length == 1:
+            continue
+        if length == 1:
             shape.append(size)
-        else:
-            inner.append(len(shape) + 1)
-            shape += [size // length, length]
+            continue
+        if even_parts(length) is None:  # bring the parts of a block together
+            x = x.index_select(dim, indices(length, size).reshape(-1).to(x.device))
+        parts, run = even_parts(length) or (1, extent(length, size))
+        if parts > 1:
+            inner.append(len(shape))
+            shape.append(parts)
+        inner.append(len(shape) + 1)
+        shape += [size // (parts * run), run]
     return (x if len(shape) == x.dim() else x.reshape(shape)), inner
 
 
@@ -180,7 +244,7 @@ def block_norms(x: Tensor, block: Block) -> Tensor:
     if torch.compiler.is_compiling():
         # Inductor fails to fuse this reduction with the step around it; as one opaque operator
         # it compiles.
-        opaque: Tensor = torch.ops.dessilbi.block_norms(x, [length or 0 for length in block])
+        opaque: Tensor = torch.ops.dessilbi.block_norms(x, _as_numbers(block))
         return opaque
     return _reduce(x, block)
 
@@ -191,15 +255,34 @@ def _reduce(x: Tensor, block: Block) -> Tensor:
     return norms.reshape(grid_shape(block, x.shape))
 
 
+def _as_numbers(block: Block) -> list[int]:
+    """A block in a form that an operator's schema can hold: each entry after its number of parts.
+
+    >>> _as_numbers((None, 4, (2, 1)))
+    [0, 1, 4, 2, 2, 1]
+    """
+    entries = [() if length is None else _parts(length) for length in block]
+    return [n for parts in entries for n in (len(parts), *parts)]
+
+
+def _from_numbers(numbers: list[int]) -> Block:
+    block: list[Length] = []
+    while numbers:
+        count, numbers = numbers[0], numbers[1:]
+        parts, numbers = tuple(numbers[:count]), numbers[count:]
+        block.append(None if not parts else parts[0] if count == 1 else parts)
+    return tuple(block)
+
+
 @torch.library.custom_op("dessilbi::block_norms", mutates_args=())
 def _block_norms_op(x: Tensor, block: list[int]) -> Tensor:
-    """block_norms as an operator; 0 stands for None, which a schema cannot hold."""
-    return _reduce(x, tuple(length or None for length in block)).contiguous()
+    """block_norms as an operator."""
+    return _reduce(x, _from_numbers(block)).contiguous()
 
 
 @_block_norms_op.register_fake
 def _(x: Tensor, block: list[int]) -> Tensor:
-    return x.new_empty(grid_shape(tuple(length or None for length in block), x.shape))
+    return x.new_empty(grid_shape(_from_numbers(block), x.shape))
 
 
 def expand(values: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
@@ -219,13 +302,19 @@ def expand(values: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
     """
     cut: list[int] = []
     wide: list[int] = []
-    for count, length, size in zip(values.shape, block, shape, strict=True):
-        if length is None or length == 1:
+    for dim, (length, size) in enumerate(zip(block, shape, strict=True)):
+        if isinstance(length, tuple) and even_parts(length) is None:
+            values = values.index_select(dim, owners(length, size).to(values.device))
+            length = 1
+        count = values.shape[dim]
+        parts, run = even_parts(length) or (1, 1)
+        if length is None or parts * run == 1:
             cut.append(count)
             wide.append(size)
         else:
-            cut += [count, 1]
-            wide += [count, length]
+            packed = [parts] if parts > 1 else []
+            cut += [*(1 for _ in packed), count, 1]
+            wide += [*packed, count, run]
     return values.reshape(cut).expand(wide).reshape(tuple(shape))
 
 

@@ -46,8 +46,8 @@ class TensorSpec:
     block: Block
 
     def __post_init__(self) -> None:
-        """Check that the block fits the shape."""
-        resolve(self.block, self.shape)
+        """Check that the block fits the shape; files have lists where blocks have tuples."""
+        object.__setattr__(self, "block", resolve(self.block, self.shape))
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from dessilbi.closing import settle
 from dessilbi.cutting import Cut, Cuts, cut_tensor
 from dessilbi.graph import Graph, Unit, why_alone
 from dessilbi.graph.labels import Ids
+from dessilbi.structure import extent, indices, owners
 from dessilbi.ticket import TensorSpec
 
 Sizes = Mapping[str, int]
@@ -261,13 +262,15 @@ def block_takes(spec: TensorSpec, cuts: tuple[Cut, ...], *, name: str) -> tuple[
     return tuple(takes)
 
 
-def _lines(cut: Cut, length: int) -> list[int] | None:
-    """Return which block each run of ``length`` indices was, -1: it is new; None: one is torn."""
-    if cut.groups > 1 or len(cut.index) % length:
+def _lines(cut: Cut, length: int | tuple[int, ...]) -> list[int] | None:
+    """Return which block each block was, -1: it is new; None: one is torn."""
+    if cut.groups > 1 or len(cut.index) % extent(length, len(cut.index)):
         return None
-    runs, new = cut.index.reshape(-1, length), is_new(cut.index).reshape(-1, length)
-    whole = (runs == runs[:, :1] + np.arange(length)).all(axis=1) & (runs[:, 0] % length == 0)
+    places = indices(length, len(cut.index)).numpy()
+    runs, new = cut.index[places], is_new(cut.index)[places]
+    before = owners(length, cut.size).numpy()[runs[:, 0]]
+    whole = (runs == indices(length, cut.size).numpy()[before]).all(axis=1)
     if not np.where(whole, ~new.any(axis=1), False)[~new.all(axis=1)].all():
         return None
-    found: list[int] = np.where(new.all(axis=1), -1, runs[:, 0] // length).tolist()
+    found: list[int] = np.where(new.all(axis=1), -1, before).tolist()
     return found

@@ -24,7 +24,7 @@ from dessilbi import DensityControl, DessiLBI, dual, wrap
 
 STEPS = 12
 # Blocks that straddle the shards, odd sizes that leave shards uneven or empty, and a unit.
-STRUCTURES = ["element", "filter", "channel", "layer", (2, None), (4, 2), "unit"]
+STRUCTURES = ["element", "filter", "channel", "layer", (2, None), (4, 2), ((1, 1), None), "unit"]
 
 
 def free_port():

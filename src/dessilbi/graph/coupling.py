@@ -8,10 +8,11 @@ from math import prod
 import numpy as np
 from torch import fx
 
+from dessilbi.graph.labels import Ids
 from dessilbi.graph.program import op_name
 from dessilbi.graph.reader import shape_of
-from dessilbi.graph.units import Graph, Member, Unit
-from dessilbi.structure import Block
+from dessilbi.graph.units import Graph, Unit
+from dessilbi.structure import Block, indices
 
 _CONVOLUTIONS = frozenset(
     f"conv{transposed}{rank}d" for transposed in ("", "_transpose") for rank in (1, 2, 3)
@@ -31,8 +32,8 @@ def couplings(graph: Graph) -> dict[str, Coupling]:
 
     Block b of every member is block b of the unit, so that norms can be summed over members. Left
     out are parameters only a part of which belongs to the unit, or whose blocks are not runs of
-    rows in the unit's order (packed q, k and v; concatenations with offsets): ``close`` makes
-    these consistent afterwards.
+    rows in the unit's order, one run or one in each packed part (concatenations with offsets):
+    ``close`` makes these consistent afterwards.
 
     >>> import torch
     >>> from dessilbi.graph import read_graph
@@ -53,11 +54,20 @@ def couplings(graph: Graph) -> dict[str, Coupling]:
 def _block(graph: Graph, unit: Unit, number: int) -> Block | None:
     member = unit.producers[number]
     shape = graph.shapes[member.name]
-    length = member.index.shape[1]
-    whole = np.arange(member.index.size).reshape(-1, length)
-    if member.index.size != shape[member.dim] or (whole != member.index).any():
+    if member.index.size != shape[member.dim]:
+        return None
+    length = _length(member.index)
+    if length is None or (indices(length, member.index.size).numpy() != member.index).any():
         return None
     return tuple(length if d == member.dim else None for d in range(len(shape)))
+
+
+def _length(index: Ids) -> int | tuple[int, ...] | None:
+    """How long the runs of the first block are, one per packed part; None: not in order."""
+    first = index[0]
+    runs = np.split(first, np.flatnonzero(np.diff(first) != 1) + 1)
+    lengths = tuple(len(run) for run in runs)
+    return lengths[0] if len(lengths) == 1 else lengths
 
 
 def filters(graph: Graph) -> frozenset[str]:
@@ -95,14 +105,6 @@ def _slides(graph: Graph, node: fx.Node) -> bool:
     return len(shape) > 2 or prod(shape[:-1]) > graph.reading.batch
 
 
-def _runs(member: Member) -> str:
-    """The rows of a block in words: how many runs of how many."""
-    parts = np.split(member.index[0], np.flatnonzero(np.diff(member.index[0]) != 1) + 1)
-    sizes = {len(part) for part in parts}
-    of = f" of {sizes.pop()}" if len(sizes) == 1 else ""
-    return f"{len(parts)} runs{of} rows"
-
-
 def why_alone(graph: Graph, name: str) -> str:
     """Say why :func:`couplings` has no entry for a parameter."""
     found = [m for unit in graph.units for m in unit.producers if m.name == name]
@@ -112,7 +114,7 @@ def why_alone(graph: Graph, name: str) -> str:
         size = graph.shapes[name][found[0].dim]
         return f"only {found[0].index.size} of the {size} rows of {name} belong to a unit"
     if found:
-        return f"{name} is packed: {_runs(found[0])} make one block"
+        return f"the blocks of {name} do not follow one another in the order of its unit"
     for unit in graph.units:
         if any(member.name == name for member in unit.followers):
             return f"it goes with unit {unit.name!r} and has no blocks of its own"

@@ -158,6 +158,9 @@ def combine(
     )
     left, right = ids
     both = (left != 0) & (right != 0)
+    if outcome is _sum:
+        apart = reader.labels.roots(left[both]) != reader.labels.roots(right[both])
+        reader.summed.append(left[both][apart])
     reader.labels.merge(left[both], right[both], "")
     states = [
         np.where(side == 0, 3 if _is_number(value) else 4, reader.labels.dead[side])
@@ -311,6 +314,7 @@ def softmax(reader: Reader, x: Any, dim: int, *_: Any, **__: Any) -> Tensor:
     """Normalises along ``dim``: labels must not vary there."""
     labels = reader.labels_of(x)
     reader.must_not_vary(labels, [dim], f"{reader.where} normalises over it")
+    reader.attended.append(np.unique(small([labels])[0].numpy()))
     return reader.derive(labels, lambda dead: np.full_like(dead, Dead.VARIES))
 
 

@@ -101,6 +101,8 @@ class Reader:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     whole: set[str] = field(default_factory=set)
     unread: dict[str, str] = field(default_factory=dict)
+    attended: list[Ids] = field(default_factory=list)
+    summed: list[Ids] = field(default_factory=list)
     batch: int = 1
 
     @property

@@ -6,7 +6,7 @@ and columns in it. Blocks that look alike (the same weights, as often) form a :c
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,17 @@ class Member:
 
 @dataclass(frozen=True)
 class Unit:
-    """Blocks of several tensors that can only live or die together, block by block."""
+    """Blocks of several tensors that can only live or die together, block by block.
+
+    ``kind`` says what a block is: a ``head`` of attention, a ``filter`` of convolutions, a
+    ``neuron`` of one linear layer (or of several that multiply), or one of the ``width`` of a
+    residual stream, in which the outputs of several layers are added up.
+    """
 
     name: str
     blocks: Ids
     members: tuple[Member, ...]
+    kind: str = "neuron"
 
     @property
     def num_blocks(self) -> int:
@@ -190,7 +196,10 @@ def build_graph(reader: Reader) -> Graph:
     axes = {axis: block_of_label[ids] for axis, ids in placed.items()}
     rects, shuffles = find_rects(reader, block_of_label)
     return Graph(
-        units=_units(axes, parts, len(order)),
+        units=tuple(
+            replace(unit, kind=_kind(reader, unit, block_of_label))
+            for unit in _units(axes, parts, len(order))
+        ),
         left_out=_left_out(reader, placed, axes, roots, frozen),
         axes=axes,
         shapes=dict(reader.shapes),
@@ -279,6 +288,17 @@ def _split_roles(reader: Reader, placed: Mapping[Axis, Ids], roots: Ids) -> list
         else:
             parts.append((axis, axis.role, everywhere))
     return [part for part in parts if part[2].any()]
+
+
+def _kind(reader: Reader, unit: Unit, block_of_label: Ids) -> str:
+    def holds(labels: list[Ids]) -> bool:
+        return bool(np.isin(unit.blocks, block_of_label[np.concatenate([[0], *labels])]).all())
+
+    if holds(reader.attended) and any(member.index.shape[1] > 1 for member in unit.producers):
+        return "head"
+    if any(len(reader.shapes[member.name]) > 2 for member in unit.producers):
+        return "filter"
+    return "width" if holds(reader.summed) else "neuron"
 
 
 def _units(axes: Mapping[Axis, Ids], parts: list[Part], count: int) -> tuple[Unit, ...]:

@@ -4,15 +4,16 @@
 In memory order a tensor is a box whose dimensions belong in turn to the *grid* of blocks and to the
 *inside* of a block: a level is the size of such a (merged) dimension. A filter's weights are two
 levels, [grid 64, inside 147]; a linear layer by columns [inside 84, grid 120]; blocks of 4 x 4
-[grid 21, inside 4, grid 30, inside 4]. A *tile* is a piece of the box, the same whatever the number
-of threads; the sums of a block over its tiles are added in the order of the tiles.
+[grid 21, inside 4, grid 30, inside 4]; heads of packed q, k and v [inside 3, grid 12, inside
+49152]. A *tile* is a piece of the box, the same whatever the number of threads; the sums of a block
+over its tiles are added in the order of the tiles.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from dessilbi.structure import Block
+from dessilbi.structure import Block, even_parts
 
 TILE = 64 * 1024  # elements: long runs for memory, still many tiles for many threads
 _ROWS = 32  # inner elements per block and tile, so that partial sums are few
@@ -64,12 +65,16 @@ class Levels:
 
 
 def levels_of(shape: Sequence[int], strides: Sequence[int], block: Block) -> Levels | None:
-    """Return the levels of a tensor, or None if its elements do not fill their memory.
+    """Return the levels of a tensor.
+
+    None if its elements do not fill their memory, or blocks are packed in parts of several lengths.
 
     >>> levels_of((64, 3, 7, 7), (147, 49, 7, 1), (1, None, None, None)).sizes
     (64, 147)
     >>> levels_of((84, 120), (120, 1), (4, 4)).sizes
     (21, 4, 30, 4)
+    >>> levels_of((2304, 768), (768, 1), ((64, 64, 64), None)).sizes
+    (3, 12, 49152)
     >>> levels_of((2, 2), (4, 1), (1, 1)) is None
     True
     """
@@ -78,9 +83,12 @@ def levels_of(shape: Sequence[int], strides: Sequence[int], block: Block) -> Lev
         return None
     merged: list[tuple[int, bool]] = []  # (size, is it of the grid)
     for dim in order:
-        length = block[dim]
-        inner = shape[dim] if length is None else length
-        for size, in_grid in ((shape[dim] // inner, True), (inner, False)):
+        length = (1, shape[dim]) if block[dim] is None else even_parts(block[dim])
+        if length is None:
+            return None
+        parts, run = length
+        count = shape[dim] // max(1, parts * run)
+        for size, in_grid in ((parts, False), (count, True), (run, False)):
             if size == 1:
                 continue
             if merged and merged[-1][1] == in_grid:

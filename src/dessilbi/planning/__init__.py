@@ -16,7 +16,7 @@ from dessilbi.graph.program import ExampleInputs
 from dessilbi.groups import Rules, groups_on
 from dessilbi.naming import canonical_names, unwrap
 from dessilbi.planning.values import Plan, PlannedTensor, PlannedUnit, Removal
-from dessilbi.structure import alias_of, resolve
+from dessilbi.structure import alias_of, extent, owners, resolve
 
 __all__ = ["Plan", "PlannedTensor", "PlannedUnit", "plan"]
 
@@ -116,6 +116,7 @@ def _unit(job: _Job, unit: Unit) -> PlannedUnit:
     some_parameters, some_macs = job.saved(even)
     return PlannedUnit(
         name=unit.name,
+        kind=unit.kind,
         removal=removal,
         why=why,
         num_blocks=unit.num_blocks,
@@ -164,9 +165,9 @@ def _cut(graph: Graph, member: Member, group: Group) -> Ids | None:
     block = resolve(group["structure"], shape, name=member.name)
     if any(block[d] not in (None, n) for d, n in enumerate(shape) if d != member.dim):
         return None
-    length = block[member.dim] or shape[member.dim]
-    numbers = member.index // length
-    is_one = member.index.shape[1] == length and (numbers == numbers[:, :1]).all()
+    length, size = block[member.dim], shape[member.dim]
+    numbers = owners(length, size).numpy()[member.index]
+    is_one = member.index.shape[1] == extent(length, size) and (numbers == numbers[:, :1]).all()
     return numbers[:, 0] if is_one else None
 
 

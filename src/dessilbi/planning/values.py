@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plan: what training can remove and what not, as a plain value that prints as tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from glob import escape
 from typing import Any, Literal
 
 from dessilbi.planning.text import alike, common, families, indented, listed, percent, row
@@ -17,6 +18,8 @@ class PlannedUnit:
 
     Args:
         name: That of its first producer.
+        kind: What a block is: "head" (of attention), "filter" (of convolutions), "neuron" (of a
+            linear layer) or "width" (of a residual stream).
         removal: "whole": the penalty selects or drops all producers of a block together; "apart":
             every producer has a structure, but a block goes only if all of them happen to be empty;
             "never": a producer has no structure, so no block ever goes.
@@ -33,6 +36,7 @@ class PlannedUnit:
     """
 
     name: str
+    kind: str
     removal: Removal
     why: str
     num_blocks: int
@@ -89,6 +93,42 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return asdict(self)
+
+    def rules(self, kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return rules for :func:`dessilbi.param_groups` that structure some kinds of units only.
+
+        Every other parameter is left without structure.
+
+        Args:
+            kinds: Kind of a unit ("head", "neuron", "filter", "width") -> options of its groups,
+                for example ``{"head": {"lam": 6.0}, "neuron": {"lam": 2.0}}``.
+
+        Raises:
+            ValueError: No unit of the model is of that kind.
+
+        >>> import torch
+        >>> from dessilbi import param_groups, plan
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 6, batch_first=True)
+        >>> x = torch.ones(1, 3, 8)
+        >>> rules = plan(layer, example_inputs=x).rules({"head": {"lam": 2.0}})
+        >>> groups = param_groups(layer, rules, example_inputs=x)
+        >>> [(g["params"][0][0], g["structure"], g["lam"]) for g in groups if g["structure"]]
+        [('self_attn.in_proj_weight', 'head:4+4+4', 2.0)]
+        """
+        known = {unit.kind for unit in self.units}
+        for kind in kinds:
+            if kind not in known:
+                raise ValueError(
+                    f"{self.model} has no units of kind {kind!r}: it has "
+                    f"{', '.join(map(repr, sorted(known))) or 'none that can be removed'}"
+                )
+        found = {
+            escape(name): {"structure": "unit", **kinds[unit.kind]}
+            for unit in self.units
+            if unit.kind in kinds
+            for name in unit.producers
+        }
+        return {**found, "*": None}
 
     def __str__(self) -> str:
         """Tables of at most 80 columns; what differs only in the numbers of its name is one row."""
@@ -152,7 +192,9 @@ def _unit_lines(family: Sequence[PlannedUnit], macs: int) -> list[str]:
         percent(mean(u.macs_per_block for u in family) / macs),
     )
     told = "each" if len({_numbers(u) for u in family}) == 1 else "on average"
-    several = f" ({len(family)} units, {told})" if len(family) > 1 else ""
+    notes = [f"{family[0].kind}s"] if family[0].kind != "filter" else []
+    notes += [f"{len(family)} units, {told}"] if len(family) > 1 else []
+    several = f" ({'; '.join(notes)})" if notes else ""
     lines = row(common([u.name for u in family]) + several, cells, _UNIT_WIDTHS)
     columns = list(zip(*(u.producers for u in family), strict=True))
     others = family[0].producers[1:] if len(family) == 1 else [common(c) for c in columns[1:]]
@@ -163,7 +205,7 @@ def _unit_lines(family: Sequence[PlannedUnit], macs: int) -> list[str]:
 
 
 def _words(unit: PlannedUnit) -> tuple[str, ...]:
-    return tuple(map(alike, (unit.name, *unit.producers, unit.why, *unit.notes)))
+    return tuple(map(alike, (unit.name, unit.kind, *unit.producers, unit.why, *unit.notes)))
 
 
 def _numbers(unit: PlannedUnit) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.testing import assert_close
 
 from dessilbi.optimizer import DessiLBI
-from dessilbi.structure import resolve
+from dessilbi.structure import Block, indices, resolve
 from dessilbi.testing.problem import (
     STEPS,
     Factory,
@@ -217,10 +217,12 @@ def check_without_structure_it_is_the_plain_optimizer(factory: Factory) -> None:
         assert "v" not in optimizer.state.get(p, {})
 
 
-def _reversed_blocks(param: Tensor, block: tuple[int | None, ...], dim: int) -> Tensor:
+def _reversed_blocks(param: Tensor, block: Block, dim: int) -> Tensor:
     """Return the order of indices along ``dim`` in which its blocks are reversed."""
     size = param.shape[dim]
-    return torch.arange(size).reshape(-1, block[dim] or size).flip(0).reshape(-1)
+    taken, order = indices(block[dim], size), torch.empty(size, dtype=torch.int64)
+    order[taken] = taken.flip(0)
+    return order
 
 
 def check_permuting_blocks_permutes_results(factory: Factory) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dessilbi.structure import resolve
+from dessilbi.structure import Block, Length, resolve
 
 Named = list[tuple[str, nn.Parameter]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -165,14 +165,28 @@ def weights_of(named: Named) -> list[Tensor]:
     return [p.detach().clone() for _, p in named]
 
 
-def block_slices(shape: Sequence[int], block: Sequence[int | None]) -> list[tuple[slice, ...]]:
+def block_slices(shape: Sequence[int], block: Block) -> list[tuple[slice | list[int], ...]]:
     """Return where each block lies, one after the other."""
-    sizes = [n if b is None else b for n, b in zip(shape, block, strict=True)]
-    starts = [range(0, n, size) for n, size in zip(shape, sizes, strict=True)]
-    return [
-        tuple(slice(i, i + size) for i, size in zip(corner, sizes, strict=True))
-        for corner in product(*starts)
-    ]
+    places = [_places(n, length) for n, length in zip(shape, block, strict=True)]
+    return list(product(*places))
+
+
+def _places(size: int, length: Length) -> list[slice | list[int]]:
+    """Where blocks lie along one dimension; packed ones, of which one can be, as lists."""
+    if isinstance(length, tuple):
+        count, starts = size // sum(length), [0]
+        for part in length:
+            starts.append(starts[-1] + count * part)
+        runs = [
+            [
+                range(start + b * n, start + b * n + n)
+                for start, n in zip(starts, length, strict=False)
+            ]
+            for b in range(count)
+        ]
+        return [[i for run in own for i in run] for own in runs]
+    step = size if length is None else length
+    return [slice(i, i + step) for i in range(0, size, step)]
 
 
 def units_of(optimizer: Optimizer) -> list[list[tuple[Tensor, dict[str, Any]]]]:
@@ -188,7 +202,7 @@ def units_of(optimizer: Optimizer) -> list[list[tuple[Tensor, dict[str, Any]]]]:
 
 def joint_blocks(
     unit: Iterable[tuple[Tensor, dict[str, Any]]],
-) -> list[list[tuple[Tensor, tuple[slice, ...]]]]:
+) -> list[list[tuple[Tensor, tuple[slice | list[int], ...]]]]:
     """Return for every block of a unit the parameters and places it consists of."""
     members = [
         [(p, at) for at in block_slices(p.shape, resolve(group["structure"], p.shape))]

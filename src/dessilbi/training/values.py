@@ -23,7 +23,10 @@ def _rule(rule: object) -> object:
     if rule == "none":
         return None
     if isinstance(rule, list | tuple):
-        return tuple(None if length == "all" else length for length in rule)
+        return tuple(
+            None if length == "all" else tuple(length) if isinstance(length, list) else length
+            for length in rule
+        )
     if isinstance(rule, dict):
         if set(rule) == {"structure"}:  # as TOML writes a plain structure among tables
             return _rule(rule["structure"])
