@@ -40,6 +40,7 @@ ORDER = [
     "targets",  # ... and what it will have to be at the end
     "calibration",  # DensityControl
     "pathlines",  # what the lines of a path's file hold
+    "blocknorms",  # ||W_g|| of filters at the recorded points
     "history",  # recorded points and their file
     "scores",  # how much each block weighs
     "hints",  # early warnings

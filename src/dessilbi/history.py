@@ -17,7 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dessilbi.blocknorms import BlockNorms
 from dessilbi.pathlines import (
+    UNREADABLE,
+    OtherTensorsError,
     Point,
     Takes,
     line_checksum,
@@ -43,26 +46,7 @@ VERSION = 1
 NEVER = -1
 BELIEVED = 1 << 26  # blocks that a file may claim without weights to show for it: 0.6 GB in memory
 
-# What replaying a damaged or hostile file can raise, before we say so in one sentence.
-_UNREADABLE = (
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    zlib.error,
-)
-
 Bytes = npt.NDArray[np.uint8]
-
-
-class OtherTensorsError(ValueError):
-    """A path is of other tensors than those it is to continue with."""
-
-    def __init__(self, file: str | FilePath):
-        super().__init__(f"{file} is the path of other tensors than this optimizer's")
 
 
 class History:
@@ -91,6 +75,7 @@ class History:
             name: torch.full(spec.grid, NEVER, dtype=torch.int64) for name, spec in specs.items()
         }
         self.births = {name: torch.zeros_like(entry) for name, entry in self.entries.items()}
+        self.norms = BlockNorms(specs)
         self._deltas: list[bytes] = []
         self._last: Bytes = np.zeros(self._num_bytes, np.uint8)
         self._chain = 0
@@ -155,6 +140,16 @@ class History:
         self._write({"log": {"step": self.points[-1].step, "metrics": plain}})
         self.points[-1].metrics.update(plain)
 
+    def weigh(self, norms: Mapping[str, Tensor]) -> None:
+        """Attach the norms of W's blocks to the latest point, of the tensors that are followed.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        step = self.points[-1].step
+        if self.norms.names and step not in self.norms.steps:
+            self._write({"norms": self.norms.told(step, norms)})
+
     def keep_latest(self) -> None:
         """Mark the latest point as recorded by hand, so that it is never thinned away.
 
@@ -189,6 +184,7 @@ class History:
                 deltas.append(zlib.compress(pending.tobytes(), level=1))
                 pending = None
         self.points, self._deltas = points, deltas
+        self.norms.drop(steps)
         if pending is not None:  # the latest point went as well
             self._last = self._last ^ pending
 
@@ -214,6 +210,7 @@ class History:
 
     def _reshape(self, specs: Mapping[str, TensorSpec], takes: Takes, step: int) -> None:
         supports = [self.support(index) for index in range(len(self.points))]
+        self.norms.reshape(self.specs, takes)
         self.entries = {n: taken(self.entries[n], takes[n], NEVER) for n in self.specs}
         self.births = {n: taken(self.births[n], takes[n], step) for n in self.specs}
         self.specs = {name: specs[name] for name in self.specs}
@@ -284,7 +281,7 @@ class History:
                 raise OtherTensorsError(file)
         except (DamagedFileError, OtherTensorsError):
             raise
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise DamagedFileError(
                 f"{file} is not a readable path ({told_by(error)}): "
                 f"it is damaged or not ours; restore it from a copy or train again"
@@ -376,9 +373,13 @@ class History:
             point = Point(int(told["step"]), time, density, bool(told["by_hand"]))
             delta = base64.b64decode(line["delta"], validate=True)
             self._take(point, delta, self._last ^ self._inflate(delta))
-        elif "log" in line:
-            if not self.points or self.points[-1].step != line["log"]["step"]:
+        elif "log" in line or "norms" in line:
+            told = line.get("log") or line["norms"]
+            if not self.points or self.points[-1].step != told["step"]:
                 raise ValueError("a log without its point")
+            if "norms" in line:
+                self.norms.replay(told, self.specs)
+                return
             metrics = line["log"]["metrics"].items()
             self.points[-1].metrics.update({n: number_or_word(v) for n, v in metrics})
         elif "keep" in line:

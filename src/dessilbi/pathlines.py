@@ -4,6 +4,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -13,6 +14,18 @@ from dessilbi.storage import from_number, to_json
 from dessilbi.ticket import TensorSpec
 
 Takes = Mapping[str, Sequence[Sequence[int]]]
+
+# What replaying a damaged or hostile file can raise, before we say so in one sentence.
+UNREADABLE = (
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,13 @@ class Point:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
+class OtherTensorsError(ValueError):
+    """A path is of other tensors than those it is to continue with."""
+
+    def __init__(self, file: str | FilePath):
+        super().__init__(f"{file} is the path of other tensors than this optimizer's")
+
+
 def read_specs(tensors: Mapping[str, Any]) -> dict[str, TensorSpec]:
     """Read shapes and blocks by name."""
     return {
@@ -42,7 +62,7 @@ def read_specs(tensors: Mapping[str, Any]) -> dict[str, TensorSpec]:
     }
 
 
-def taken(values: Tensor, takes: Sequence[Sequence[int]], fill: int) -> Tensor:
+def taken(values: Tensor, takes: Sequence[Sequence[int]], fill: float) -> Tensor:
     """Return values by block for other blocks: those they were before, ``fill`` where new."""
     new = torch.zeros((), dtype=torch.bool)
     for dim, places in enumerate(takes):

@@ -7,6 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from dessilbi import dual
+from dessilbi.blocknorms import norms_of
 from dessilbi.monitors import coupling_gap
 from dessilbi.optimizer import is_phantom_step
 from dessilbi.path import Path
@@ -130,6 +131,7 @@ class PathTrace:
             elif self.setting.recipe.stop is not None:
                 facts |= self.judge.of_ticket(path.step)
         path.log(**facts)
+        path.history.weigh(norms_of(optimizer, path.history.norms.names))
         self._told |= {"loss": totals.loss, "density": path.points[-1].density}
         curves: dict[str, float] = {}
         if self.engine.any(bool(self.watching.trackers))[0]:
