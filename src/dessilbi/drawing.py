@@ -322,8 +322,17 @@ def _data_or_shape(recipe: Recipe, root: str | None) -> tuple[Data, Exception | 
     except RecipeError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        shape = recipe.model_copy(update={"data": f"generated:{recipe.data}", "validation": 1})
-        return data_of(shape, root=None), error
+        return shape_of(recipe), error
+
+
+def shape_of(recipe: Recipe) -> Data:
+    """Return samples made up in the shape of a recipe's data, which is not looked at.
+
+    Raises:
+        ValueError: The shape is known to the data alone, as that of a folder of images.
+    """
+    name = recipe.data if recipe.data.startswith("generated:") else f"generated:{recipe.data}"
+    return data_of(recipe.model_copy(update={"data": name, "validation": 1}), root=None)
 
 
 def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:

@@ -7,8 +7,9 @@ is JSON lines, only ever appended to: a header, then points, logs and thinnings 
 
 import base64
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -209,7 +210,7 @@ class History:
         self._reshape(specs, takes, step)
 
     def _reshape(self, specs: Mapping[str, TensorSpec], takes: Takes, step: int) -> None:
-        supports = [self.support(index) for index in range(len(self.points))]
+        supports = list(self.supports())
         self.norms.reshape(self.specs, takes)
         self.entries = {n: taken(self.entries[n], takes[n], NEVER) for n in self.specs}
         self.births = {n: taken(self.births[n], takes[n], step) for n in self.specs}
@@ -223,10 +224,14 @@ class History:
 
     def support(self, index: int) -> dict[str, Tensor]:
         """Return the masks of supp(Gamma) at the point with this index."""
+        return next(islice(self.supports(), index, None))
+
+    def supports(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the masks of supp(Gamma) at every point, in order."""
         bits = np.zeros(self._num_bytes, np.uint8)
-        for packed in self._deltas[: index + 1]:
-            bits ^= self._inflate(packed)
-        return self._unpack(bits)
+        for packed in self._deltas:
+            bits = bits ^ self._inflate(packed)
+            yield self._unpack(bits)
 
     def _inflate(self, packed: bytes) -> Bytes:
         # Bounded, so that a hostile file cannot ask for more memory than its tensors need.
@@ -379,8 +384,7 @@ class History:
                 raise ValueError("a log without its point")
             if "norms" in line:
                 self.norms.replay(told, self.specs)
-                return
-            metrics = line["log"]["metrics"].items()
+            metrics = told.get("metrics", {}).items()
             self.points[-1].metrics.update({n: number_or_word(v) for n, v in metrics})
         elif "keep" in line:
             self.points[-1] = replace(self.points[-1], by_hand=True)

@@ -15,6 +15,7 @@ from dessilbi.cli.compaction import compact, export, verify
 from dessilbi.cli.family import path, ticket
 from dessilbi.cli.growing import grow
 from dessilbi.cli.models import plan
+from dessilbi.cli.reporting import report
 from dessilbi.cli.retraining import prune_curve, retrain
 from dessilbi.cli.seeing import filters
 from dessilbi.cli.tour import demo
@@ -27,6 +28,7 @@ COMMANDS = (
     train,
     grow,
     path,
+    report,
     ticket,
     retrain,
     prune_curve,

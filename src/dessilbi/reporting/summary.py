@@ -4,11 +4,13 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeVar
 
 from dessilbi.path import Path
 from dessilbi.runs import Run
+from dessilbi.ticket import Ticket
 
+T = TypeVar("T")
 METRICS = (
     "epoch",
     "accuracy",
@@ -67,18 +69,22 @@ def summarise(folder: str | FilePath) -> Summary:
     """
     run = Run(FilePath(folder))
     recipe = run.read_recipe()
-    path = Path.load(folder)
+    return Summary(run.folder, recipe, rows_of(Path.load(folder)))
+
+
+def rows_of(path: Path) -> tuple[Row, ...]:
+    """Return the recorded points of a path as plain values."""
     rows = []
-    for point in path.points:
+    for point, masks in zip(path.points, path.history.supports(), strict=True):
         metrics = {name: point.metrics.get(name) for name in METRICS}
-        layers = path.support(step=point.step).densities()
+        layers = Ticket(masks, path.specs).densities()
         rows.append(
             Row(point.step, time=point.time, density=point.density, layers=layers, **metrics)
         )
-    return Summary(run.folder, recipe, tuple(rows))
+    return tuple(rows)
 
 
-def thinned(rows: Sequence[Row], count: int) -> list[Row]:
+def thinned(rows: Sequence[T], count: int) -> list[T]:
     """Return about ``count`` rows spread evenly, always with the first and the last."""
     count = max(count, 2)
     if len(rows) <= count:

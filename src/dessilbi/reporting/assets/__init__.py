@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a page is made of: its template, style sheet and script."""
