@@ -379,7 +379,7 @@ class History:
             delta = base64.b64decode(line["delta"], validate=True)
             self._take(point, delta, self._last ^ self._inflate(delta))
         elif "log" in line or "norms" in line:
-            told = line.get("log") or line["norms"]
+            told = line["log"] if "log" in line else line["norms"]
             if not self.points or self.points[-1].step != told["step"]:
                 raise ValueError("a log without its point")
             if "norms" in line:
