@@ -11,7 +11,8 @@ import torch
 from commands import assert_failed, call
 from tiny import QUICK, shared_run, train_tiny
 
-from dessilbi import Path, Ticket, close, load_compact
+from dessilbi import Ticket, close, load_compact
+from dessilbi.drawing import Drawer, Wish
 from dessilbi.runs import Run
 from dessilbi.shrinking import example_of
 from dessilbi.storage import sha256_of
@@ -77,8 +78,9 @@ def test_what_compact_saves_is_the_masked_net_of_the_run_with_new_statistics(sma
     trained = load_trained(run)
     ticket = Ticket.load(out / "ticket.safetensors")
     x = example_of(trained)
-    chosen = Path.load(run.folder).ticket(density=0.5)
+    chosen = Drawer(run).draw(Wish(density=0.5)).ticket  # as `dessilbi ticket` takes it
     assert ticket == close(chosen, trained.model, example_inputs=x)
+    assert 0.25 < ticket.density <= 0.5
     big, loaded, test = (
         masked(trained.model, ticket, trained.data.train),
         load_compact(None, out),

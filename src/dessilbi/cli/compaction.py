@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dessilbi.cli.family import ticket_or_density
 from dessilbi.cli.terminal import (
     DataOption,
     JsonOption,
@@ -50,15 +51,12 @@ def compact(
         raise fail("give exactly one of --density and --ticket", 2)
     if density is not None and not 0 < density <= 1:
         raise fail(f"--density {density} is not allowed: it must be in (0, 1]", 2)
-    from dessilbi.path import Path
     from dessilbi.shrinking import save_shrunk, shrink
-    from dessilbi.ticket import Ticket
     from dessilbi.training.finetune import load_trained
 
-    chosen = Ticket.load(ticket) if ticket else Path.load(run).ticket(density=density)
+    chosen, name = ticket_or_density(run, ticket, density, data_root(data))
     trained = load_trained(Run(run), data_root=data_root(data))
     shrunk = shrink(trained, chosen, multiple_of=multiple_of)
-    name = ticket.stem if ticket else f"density-{density:g}"
     place = save_shrunk(shrunk, out or free_path(Run(run).compacted, name), Run(run), trained)
     if as_json:
         print_json({**shrunk.to_json(), "folder": str(place)})

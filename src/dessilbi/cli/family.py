@@ -22,6 +22,7 @@ from dessilbi.runs import Run, free_path
 if TYPE_CHECKING:
     from dessilbi.drawing import Drawer
     from dessilbi.path import Order
+    from dessilbi.ticket import Ticket
 
 
 class OrderName(StrEnum):
@@ -124,3 +125,16 @@ def _list(drawer: "Drawer", order: "Order | None", *, as_json: bool) -> None:
 def _ticket_file(run: Run, name: str) -> FilePath:
     run.tickets.mkdir(exist_ok=True)
     return free_path(run.tickets, name, ".safetensors")
+
+
+def ticket_or_density(
+    run: FilePath, file: FilePath | None, density: float | None, root: str | None
+) -> "tuple[Ticket, str]":
+    """The ticket of a file, or that of a density as `dessilbi ticket` takes it; and a name."""
+    from dessilbi.drawing import Drawer, Wish
+    from dessilbi.ticket import Ticket
+
+    if file is not None:
+        return Ticket.load(file), file.stem
+    wish = Wish(density=density)
+    return Drawer(Run(run), data_root=root).draw(wish).ticket, wish.name

@@ -3,10 +3,11 @@
 
 from enum import StrEnum
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from dessilbi.cli.family import ticket_or_density
 from dessilbi.cli.terminal import (
     DataOption,
     DeviceOption,
@@ -20,9 +21,6 @@ from dessilbi.cli.terminal import (
 )
 from dessilbi.runs import Run, free_path
 from dessilbi.storage import write_json
-
-if TYPE_CHECKING:
-    from dessilbi.ticket import Ticket
 
 
 class ModeName(StrEnum):
@@ -98,7 +96,7 @@ def retrain(
             data=data,
         )
         modes = modes_of(Run(run)) if everything else ((mode or ModeName.FINETUNE).value,)
-        chosen, name = _ticket(run, ticket, density, root)
+        chosen, name = ticket_or_density(run, ticket, density, root)
         place = out or free_path(Run(run).retrained, name)
         study = new_study(Study(place, Run(run), modes, seeds, wish, root), chosen)
     rows = carry_out(study, device=device.value if device else "auto", reporter=default_reporter())
@@ -157,16 +155,3 @@ def prune_curve(
     else:
         console().print(curve_table(points, names, trained.accuracy))
         typer.echo(f"saved as {file}")
-
-
-def _ticket(
-    run: FilePath, file: FilePath | None, density: float | None, root: str | None
-) -> "tuple[Ticket, str]":
-    """The ticket to retrain, and a name for the folder."""
-    from dessilbi.drawing import Drawer, Wish
-    from dessilbi.ticket import Ticket
-
-    if file is not None:
-        return Ticket.load(file), file.stem
-    wish = Wish(density=density)
-    return Drawer(Run(run), data_root=root).draw(wish).ticket, wish.name
