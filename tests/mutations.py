@@ -162,7 +162,10 @@ def outcome(read, name):
     except Exception as error:  # looked at below
         found = Outcome(error=error)
     if found.error is not None:
-        _check_sentence(found.error, name)
+        try:
+            _check_sentence(found.error, name)
+        except AssertionError as failure:
+            raise failure from found.error  # where it came from
     taken = time.process_time() - began
     assert taken < LONGEST, f"{name} took {taken:.1f} s"
     return found

@@ -358,7 +358,9 @@ class History:
         if header.get("format") != FORMAT:
             raise ValueError("no path header")
         if header.get("version") != VERSION:
-            raise ValueError(f"format version {header['version']}, this release reads {VERSION}")
+            raise ValueError(
+                f"format version {told_by(header['version'], 40)}, this release reads {VERSION}"
+            )
         specs = read_specs(header["tensors"])
         if wanted is not None and specs.keys() != wanted.keys():
             raise OtherTensorsError(file)

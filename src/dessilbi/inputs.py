@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dessilbi.graph.program import ExampleInputs, as_arguments
+from dessilbi.storage import told_by
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Scalar = None | bool | int | float | str
@@ -49,7 +50,9 @@ class TensorInput:
     def __post_init__(self) -> None:
         """Check everything before anything is allocated."""
         if self.dtype not in DTYPES:
-            raise ValueError(f"inputs of type {self.dtype} are not known: use {', '.join(DTYPES)}")
+            raise ValueError(
+                f"inputs of type {told_by(self.dtype, 40)} are not known: use {', '.join(DTYPES)}"
+            )
         if any(n < 0 for n in self.shape) or prod(self.shape) > LARGEST:
             raise ValueError(
                 f"an input of shape {self.shape} is not allowed: at most {LARGEST:,} elements"

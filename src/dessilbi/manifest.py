@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dessilbi.blueprint import Blueprint, Form, Size
 from dessilbi.cutting import Cut
 from dessilbi.inputs import FixedInput, Input, TensorInput
-from dessilbi.storage import DamagedFileError, sha256_of, to_json, write_atomic
+from dessilbi.storage import DamagedFileError, sha256_of, to_json, told_by, write_atomic
 
 FORMAT = "dessilbi.compact"
 VERSION = 1
@@ -266,7 +266,7 @@ def _parse(path: Path, content: bytes) -> Manifest:
     version = told.get("version")
     if isinstance(version, int) and version > VERSION:
         raise DamagedFileError(
-            f"{path} has format version {version} and this release reads {VERSION}: "
+            f"{path} has format version {told_by(version, 40)} and this release reads {VERSION}: "
             f"upgrade dessilbi"
         )
     claimed = told.pop("sha256", None)

@@ -20,6 +20,7 @@ from dessilbi.storage import (
     read_json,
     sha256_of,
     to_json,
+    told_by,
     write_atomic,
 )
 
@@ -118,8 +119,8 @@ def read_seal(folder: Path) -> Seal | None:
         raise DamagedFileError(f"{file} is damaged: restore it from a copy")
     if told.get("version") != VERSION:
         raise DamagedFileError(
-            f"{file} has format version {told.get('version')}, and this release reads {VERSION}: "
-            f"upgrade dessilbi"
+            f"{file} has format version {told_by(told.get('version'), 40)}, and this release "
+            f"reads {VERSION}: upgrade dessilbi"
         )
     constant, final = told.get("constant"), told.get("final")
     if not _is_list(constant) or not (final is None or _is_list(final)):

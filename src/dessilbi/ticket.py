@@ -287,7 +287,7 @@ class Ticket(Mapping[str, Tensor]):
             raise ValueError("no ticket header")
         if header.get("version") != VERSION:
             raise ValueError(
-                f"format version {header.get('version')}, this release reads {VERSION}"
+                f"format version {told_by(header.get('version'), 40)}, this release reads {VERSION}"
             )
         specs = {
             name: TensorSpec(tuple(_whole(n) for n in entry["shape"]), tuple(entry["block"]))

@@ -158,7 +158,8 @@ class Checkpoints:
         for folder in reversed(self._folders()):
             try:
                 checkpoint = verified(folder)
-                fits(checkpoint)
+                with usable(checkpoint):
+                    fits(checkpoint)
             except DamagedFileError as error:
                 # Out of the way, because the run will come to this step again.
                 aside = free_path(folder.parent, f"aside-{folder.name}")
@@ -281,8 +282,8 @@ def verified(folder: FilePath) -> Checkpoint:
     except (DamagedFileError, FileNotFoundError, KeyError):
         raise damaged from None
     raise DamagedFileError(
-        f"the checkpoint {folder} has format version {facts['version']}, and this release reads "
-        f"{VERSION}"
+        f"the checkpoint {folder} has format version {told_by(facts['version'], 40)}, and this "
+        f"release reads {VERSION}"
     )
 
 

@@ -321,8 +321,8 @@ def find_checkpoint(run: Run, engine: Engine, *, trusted: bool = False) -> Check
         check_logs(run, checkpoint)
         for log in logs_of(run):
             cut_back(log, checkpoint.facts["logs"][log.name]["bytes"])
-        if "file" in checkpoint.facts["path"]:
-            cut_back(run.path, checkpoint.facts["path"]["file"]["bytes"])
+        if (file := checkpoint.facts["path"].get("file")) is not None:  # else there is no path
+            cut_back(run.path, file["bytes"])
 
     check_unlinked(run.folder)
     store = Checkpoints(run.checkpoints, engine, keep=1)

@@ -16,7 +16,7 @@ from dessilbi.blueprint import Blueprint, OtherModelError, rebuild
 from dessilbi.manifest import CutEntry, cut_entry
 from dessilbi.runs import Run
 from dessilbi.sealing import check_sealed
-from dessilbi.storage import DamagedFileError, as_json, read_json, to_json
+from dessilbi.storage import DamagedFileError, as_json, read_json, to_json, told_by
 from dessilbi.tensorfiles import load_tensors
 from dessilbi.ticket import Ticket
 from dessilbi.training.data import Data
@@ -94,7 +94,9 @@ def load_start(run: Run) -> Start | None:
     try:
         told = _File.model_validate_json(to_json(read_json(run.start)))
         if told.schema_version != VERSION:
-            raise ValueError(f"schema version {told.schema_version}, this release reads {VERSION}")
+            raise ValueError(
+                f"schema version {told_by(told.schema_version, 40)}, this release reads {VERSION}"
+            )
         blueprint = told.cut.blueprint() if told.cut is not None else None
         check_sealed(run.start, run.init)
         weights = load_tensors(run.init)
