@@ -27,6 +27,7 @@ ORDER = [
     "carrying",  # the fused step and the norms it carries
     "optimizer",
     "wrapping",
+    "foreign",  # layers of other libraries, known by name
     "graph",
     "groups",
     "clock",  # path time, R

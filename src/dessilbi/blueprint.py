@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dessilbi.adapting import Resized
 from dessilbi.cutting import Cut, Cuts, cut_module, find_cuts
+from dessilbi.foreign import is_conv1d
 from dessilbi.graph import Graph, read_graph
 from dessilbi.inputs import Input, draw
 from dessilbi.naming import tensor_names
@@ -115,7 +116,10 @@ def find_sizes(model: nn.Module, resized: Iterable[Resized]) -> tuple[Size, ...]
     """Return the attributes that hold the old sizes, where the program changed."""
     found = []
     for change in resized:
-        for key, value in vars(model.get_submodule(change.module)).items():
+        module = model.get_submodule(change.module)
+        if is_conv1d(module):  # its sizes are those of its weight, as cut_module has set them
+            continue
+        for key, value in vars(module).items():
             if type(value) is int and value == change.old and not key.startswith("_"):
                 found.append(Size(change.module, key, change.old, change.new))
     return tuple(dict.fromkeys(found))

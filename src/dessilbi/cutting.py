@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dessilbi.closing import Flags, flagged
+from dessilbi.foreign import is_conv1d
 from dessilbi.graph import Graph
 from dessilbi.graph.labels import Ids
 from dessilbi.naming import tensor_names
@@ -176,6 +177,8 @@ def _resize(module: nn.Module, touched: dict[str, tuple[Cut, ...]]) -> None:
             module.out_channels, module.in_channels = rows, columns * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
+    elif is_conv1d(module):
+        module.nx, module.nf = shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = shape[0]
     elif isinstance(module, nn.GroupNorm):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dessilbi.foreign import is_conv1d
 from dessilbi.graph import Coupling, Graph, couplings, filters, read_graph, why_alone
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.naming import canonical_names, unwrap
@@ -134,7 +135,7 @@ def _default_structures(model: nn.Module) -> dict[Tensor, str]:
             found[module.weight] = "filter"
         elif isinstance(module, _TRANSPOSED):
             found[module.weight] = "channel"  # a transposed convolution's filters are dimension 1
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) or is_conv1d(module):
             found[module.weight] = "element"
     # A weight shared with an embedding is read by rows there: leave it alone.
     for module in model.modules():

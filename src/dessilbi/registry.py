@@ -136,7 +136,8 @@ def _timm(name: str, options: dict[str, Any]) -> nn.Module:
         ) from None
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; see timm.list_models()")
-    return timm.create_model(name, pretrained=False, **options)
+    model: nn.Module = timm.create_model(name, pretrained=False, **options)
+    return model
 
 
 _BUILDERS: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {

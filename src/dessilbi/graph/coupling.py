@@ -17,6 +17,13 @@ from dessilbi.structure import Block, indices
 _CONVOLUTIONS = frozenset(
     f"conv{transposed}{rank}d" for transposed in ("", "_transpose") for rank in (1, 2, 3)
 )
+# Where these have what they read and their weight: place and keyword of the argument.
+_DENSE = {
+    "linear": ((0, "input"), (1, "weight")),
+    "addmm": ((1, "mat1"), (2, "mat2")),
+    "mm": ((0, "self"), (1, "mat2")),
+    "matmul": ((0, "self"), (1, "other")),
+}
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,9 @@ def _length(index: Ids) -> int | tuple[int, ...] | None:
 def filters(graph: Graph) -> frozenset[str]:
     """Return the weights whose rows are filters: they are applied at every position of a sample.
 
-    These are convolutions, and linear layers that read a feature vector per token or pixel rather
-    than one per sample.
+    These are convolutions, and linear layers (also written as products with a weight, which then
+    has its filters in its last dimension) that read a feature vector per token or pixel rather than
+    one per sample.
 
     >>> import torch
     >>> from dessilbi.graph import read_graph
@@ -86,9 +94,10 @@ def filters(graph: Graph) -> frozenset[str]:
     found = set()
     for node in program.module.graph.nodes:
         kind = op_name(node)
-        if kind == "linear" or kind in _CONVOLUTIONS:
-            name = program.weights.get(str(getattr(_argument(node, 1, "weight"), "target", "")))
-            if name is not None and (kind != "linear" or _slides(graph, node)):
+        if kind in _CONVOLUTIONS or kind in _DENSE:
+            place, key = (1, "weight") if kind in _CONVOLUTIONS else _DENSE[kind][1]
+            name = program.weights.get(str(getattr(_argument(node, place, key), "target", "")))
+            if name is not None and (kind in _CONVOLUTIONS or _slides(graph, node, kind)):
                 found.add(name)
     return frozenset(found)
 
@@ -97,9 +106,9 @@ def _argument(node: fx.Node, place: int, name: str) -> object:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name)
 
 
-def _slides(graph: Graph, node: fx.Node) -> bool:
+def _slides(graph: Graph, node: fx.Node, kind: str) -> bool:
     """Whether a linear layer is applied more than once per sample, tokens flattened or not."""
-    read = _argument(node, 0, "input")
+    read = _argument(node, *_DENSE[kind][0])
     assert isinstance(read, fx.Node)
     shape = shape_of(read.meta["val"])
     return len(shape) > 2 or prod(shape[:-1]) > graph.reading.batch
