@@ -1,7 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lambda for tests that want some blocks selected and others not."""
+"""Blocks of different sizes and a lambda between them: some are selected, others are not."""
+
+import torch
 
 from dessilbi import dual
+from dessilbi.structure import expand
+
+
+@torch.no_grad()
+def unlike(optimizer):
+    """Scale the blocks of every structured tensor, later ones more, in place."""
+    for member in dual.members(optimizer):
+        count = member.spec.num_blocks
+        factors = torch.linspace(0.4, 1.6, count).reshape(member.grid)
+        member.param.mul_(expand(factors, member.block, member.param.shape))
 
 
 def halve(optimizer):

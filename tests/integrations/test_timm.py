@@ -3,6 +3,7 @@
 
 import sys
 from functools import partial
+from math import inf
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from dessilbi import DessiLBI, Path, close, compact, param_groups, plan
 
 timm = pytest.importorskip("timm")
-from selecting import halve  # noqa: E402
+from selecting import halve, unlike  # noqa: E402
 
 from dessilbi.integrations.timm import main, name_parameters  # noqa: E402  # registers the name
 
@@ -100,12 +101,13 @@ def trained():
     rules = plan(model, example_inputs=X).rules({"head": {}, "neuron": {}})
     groups = partial(param_groups, rules=rules, example_inputs=X)
     optimizer = timm.optim.create_optimizer_v2(
-        model, "dessilbi", lr=0.1, nu=1.0, param_group_fn=groups
+        model, "dessilbi", lr=0.1, nu=1.0, lam=inf, param_group_fn=groups
     )
+    unlike(optimizer)
     path = Path(optimizer, every=1)
     for number in range(8):
         step(model, optimizer)
-        if number == 5:  # lambda does not matter before the first block enters
+        if number == 6:  # lambda does not matter before the first block enters
             halve(optimizer)
     return model, optimizer, path
 
@@ -123,6 +125,7 @@ def test_dead_heads_really_go_and_training_goes_on(trained):
     model, optimizer, path = trained
     ticket = path.ticket(step=8)
     assert 0 < int(ticket["blocks.0.attn.qkv.weight"].sum()) < 4
+    path.close()
     closed = close(ticket, model, example_inputs=X)
     small = compact(model, closed, example_inputs=X, optimizer=optimizer)
     alive = int(ticket["blocks.0.attn.qkv.weight"].sum())
