@@ -30,6 +30,7 @@ def test_there_is_code_to_run():
     assert any(page.name == "units.md" for page, _, _ in SHOWN)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # Lightning's call
 @pytest.mark.parametrize(
     ("page", "code"), CODE, ids=lambda v: v.name if isinstance(v, Path) else ""
 )

@@ -19,9 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # its own call
     # A resumed fit here saves no checkpoints of its own.
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
-    # The loader does not shuffle, so it is at the same place again.
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # data in memory need none
 ]
 EPOCHS = 4
 
@@ -43,11 +40,28 @@ class Net(lightning.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 
-def loader():
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(24, 6, generator=generator)
-    data = torch.utils.data.TensorDataset(inputs, inputs.argmax(1) % 3)
-    return torch.utils.data.DataLoader(data, batch_size=4)
+class Batches:
+    """Six batches, and which of them comes next: Lightning resumes within an epoch by this."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        self.next %= len(self)  # nobody asks an iterator of known length for what is behind its end
+        while self.next < len(self):
+            generator = torch.Generator().manual_seed(self.next)
+            self.next += 1
+            inputs = torch.randn(4, 6, generator=generator)
+            yield inputs, inputs.argmax(1) % 3
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
 
 
 def fit(folder, *callbacks, epochs=EPOCHS, ckpt_path=None, **options):
@@ -63,7 +77,7 @@ def fit(folder, *callbacks, epochs=EPOCHS, ckpt_path=None, **options):
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, loader(), ckpt_path=ckpt_path)
+    trainer.fit(module, Batches(), ckpt_path=ckpt_path)
     return module, trainer
 
 
