@@ -16,7 +16,7 @@ from coupled import (
 from test_dual import Compiled
 from torch import nn
 
-from dessilbi import DessiLBI, close, compact, param_groups
+from dessilbi import DessiLBI, Ticket, close, compact, param_groups
 from dessilbi.graph import read_graph
 from dessilbi.groups import groups_on
 
@@ -355,3 +355,43 @@ def test_a_coupled_run_removes_whole_units_where_an_uncoupled_one_cannot():
             assert result.model.blocks[1][3].out_channels == 8 - gone
     assert dead["apart"] >= dead["coupled"], "as many filters are dead"
     assert width["coupled"] < width["apart"], "but less of the stream can go"
+
+
+class PackedGroups(nn.Module):
+    """Four query heads of size 2 share two key and value heads; all packed, as gate and up are."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 16), nn.Linear(8, 8)
+        self.gate_up, self.down = nn.Linear(8, 12), nn.Linear(6, 8)
+
+    def forward(self, x):
+        parts = self.qkv(x).split([8, 4, 4], -1)
+        q, k, v = (part.unflatten(-1, (-1, 2)).transpose(1, 2) for part in parts)
+        k, v = (part.repeat_interleave(2, 1) for part in (k, v))
+        heads = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(heads.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return x + self.down(nn.functional.silu(gate) * up)
+
+
+def test_parts_of_different_lengths_are_one_block_and_can_go():
+    torch.manual_seed(0)
+    model, x = PackedGroups(), torch.randn(2, 3, 8)
+    groups = param_groups(model, example_inputs=x)
+    structures = {name: g["structure"] for g in groups for name, _ in g["params"]}
+    assert structures["qkv.weight"] == "head:4+2+2"
+    assert structures["gate_up.weight"] == ((1, 1), None)
+    support = DessiLBI(groups).support()
+    masks = {name: torch.ones_like(mask) for name, mask in support.items()}
+    masks["qkv.weight"][0] = masks["gate_up.weight"][[1, 4]] = False
+    closed = close(Ticket(masks, support.specs), model, example_inputs=x)
+    assert (~closed.mask_of("qkv.weight")).any(1).nonzero().ravel().tolist() == [
+        *(0, 1, 2, 3),  # queries
+        *(8, 9, 12, 13),  # key and value
+    ]
+    small = compact(model, closed, example_inputs=x)
+    shapes = {name: tuple(p.shape) for name, p in small.model.named_parameters()}
+    assert (shapes["qkv.weight"], shapes["gate_up.weight"]) == ((8, 8), (8, 8))
+    assert (shapes["out.weight"], shapes["down.weight"]) == ((8, 4), (8, 4))
+    assert small.proof.removed == 3

@@ -3,10 +3,16 @@
 
 import subprocess
 import sys
+from importlib.metadata import entry_points
+from inspect import getdoc
+from pathlib import Path
 
 import pytest
 
 import dessilbi
+
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
+from surface import FILE, surface
 
 
 def run_python(code):
@@ -32,3 +38,25 @@ def test_every_public_name_resolves_and_is_listed(name):
 def test_an_unknown_name_is_an_attribute_error_that_lists_the_known():
     with pytest.raises(AttributeError, match=r"no attribute 'Dessilbi'; it has \[.*'DessiLBI'"):
         dessilbi.Dessilbi  # noqa: B018
+
+
+def test_names_and_parameters_are_those_that_were_agreed_on():
+    assert surface() == FILE.read_text(), "run tests/golden/surface.py if this is meant"
+
+
+@pytest.mark.parametrize("name", sorted(set(dessilbi.__all__) - {"__version__"}))
+def test_every_public_name_has_a_docstring_with_an_example(name):
+    value = getattr(dessilbi, name)
+    assert ">>>" in (getdoc(value) or "")
+    for part, member in vars(value).items() if isinstance(value, type) else ():
+        if not part.startswith("_") and (callable(member) or isinstance(member, property)):
+            assert getdoc(member), f"{name}.{part} says nothing"
+
+
+def test_the_module_and_the_program_are_the_same_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "dessilbi", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--install-completion" in done.stdout
+    (script,) = entry_points(group="console_scripts", name="dessilbi")
+    assert script.value == "dessilbi.cli:main"

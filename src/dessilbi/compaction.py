@@ -54,6 +54,13 @@ class Compacted:
     It is enforced on ``optimizer``; enforce it yourself on any other, also after loading.
     ``closed`` is the ticket it was cut by, ``blueprint`` makes the same cut on a fresh model, and
     ``witness`` holds answers of the masked model: what :func:`save_compact` needs.
+
+    >>> from dessilbi.testing import random_ticket
+    >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4)
+    >>> ticket = random_ticket(net, example_inputs=x, density=0.5)
+    >>> small = compact(net, ticket, example_inputs=x)
+    >>> small.proof.form, small.cuts["0.weight"][0].size, small.model[0].out_features
+    ('module', 8, 4)
     """
 
     model: nn.Module

@@ -83,6 +83,11 @@ class Grown:
     """A wider model, the optimizer that goes on with it, and the proof that nothing else changed.
 
     ``sizes`` are the widths of all units now, ``change`` says where the new entries are.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> grown = grow(net, {"0": 5}, example_inputs=torch.randn(2, 4))
+    >>> grown.sizes, grown.model[0].out_features
+    ({'0.weight': 5}, 5)
     """
 
     model: nn.Module

@@ -70,6 +70,17 @@ def save_compact(
         ValueError: The weights changed since compaction, an option is not allowed, or the inputs
             cannot be described.
         OSError: The disk is full or not writable; nothing is left behind.
+
+    >>> import tempfile
+    >>> from dessilbi.compaction import compact
+    >>> from dessilbi.testing import random_ticket
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> x = torch.randn(2, 4)
+    >>> small = compact(net, random_ticket(net, example_inputs=x, density=0.5), example_inputs=x)
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     folder = save_compact(small, place + "/small")
+    ...     sorted(file.name for file in folder.iterdir())
+    ['manifest.json', 'model.safetensors', 'ticket.safetensors', 'witness.safetensors']
     """
     if factory is not None:
         check_registered(factory, options or {})
@@ -151,6 +162,10 @@ def load_compact(factory: Factory | str | None, folder: str | Path) -> nn.Module
         ValueError: A file is damaged, was changed, or is of a newer format; or the factory makes
             another model than the one that was compacted.
         ImportError: A registered name needs a library that is not installed.
+
+    >>> load_compact("dessilbi:lenet5", "runs/small")  # as when the folder is not there
+    Traceback (most recent call last):
+    FileNotFoundError: there is no saved model in runs/small ...
     """
     return open_certified(factory, folder).model
 

@@ -124,7 +124,7 @@ def alias_of(block: Block) -> Structure:
         (dim, length) = cut[0]
         if length == 1 and dim < 2:
             return "channel" if dim else "neuron" if len(block) == 2 else "filter"
-        if dim == 0 and len(block) == 2:
+        if dim == 0 and len(block) == 2 and set(_parts(length)) != {1}:
             return f"head:{'+'.join(map(str, _parts(length)))}"
     return block
 

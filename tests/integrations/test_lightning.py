@@ -130,12 +130,12 @@ def test_the_path_of_another_fit_is_not_overwritten(whole, tmp_path):
     assert (tmp_path / "path.jsonl").read_bytes() == before
 
 
-def test_a_checkpoint_without_a_path_begins_one(tmp_path):
+def test_a_checkpoint_made_without_the_callback_is_refused_with_it(tmp_path):
     fit(tmp_path / "without", epochs=1)
     (checkpoint,) = (tmp_path / "without").rglob("*.ckpt")
-    callback = PathCallback(every=1)
-    fit(tmp_path / "with", callback, epochs=2, ckpt_path=checkpoint, enable_checkpointing=False)
-    assert [point.step for point in callback.path.points] == list(range(1, 7))
+    options = {"epochs": 2, "ckpt_path": checkpoint, "enable_checkpointing": False}
+    with pytest.raises(ValueError, match=r"step=6\.ckpt was made without PathCallback"):
+        fit(tmp_path / "with", PathCallback(), **options)
 
 
 def test_an_optimizer_that_was_not_configured_is_refused(tmp_path):

@@ -11,7 +11,16 @@ from math import inf
 import pytest
 import torch
 
-from dessilbi import DessiLBI, Path, close, compact, param_groups, plan
+from dessilbi import (
+    DessiLBI,
+    Path,
+    close,
+    compact,
+    load_compact,
+    param_groups,
+    plan,
+    save_compact,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its dependencies say of each other at import
@@ -143,7 +152,7 @@ def test_a_head_is_one_block_of_all_that_makes_it(trained):
     assert 0 < int(alive[0].sum()) < len(alive[0])
 
 
-def test_dead_heads_and_neurons_really_go(trained):
+def test_dead_heads_and_neurons_really_go_and_stay_so_in_a_file(trained, tmp_path):
     ticket = trained.path.ticket(step=8)
     heads = int(ticket[trained.heads.name].sum())
     neurons = int(ticket[trained.neurons[0].name].sum())
@@ -163,6 +172,10 @@ def test_dead_heads_and_neurons_really_go(trained):
     with torch.no_grad():
         expected = ticket_applied(trained.model, closed)(**trained.inputs).logits
         assert torch.allclose(small.model(**trained.inputs).logits, expected, atol=1e-5)
+    folder = save_compact(small, tmp_path / "small")
+    again = load_compact(lambda: make(trained.name), folder)
+    with torch.no_grad():
+        assert torch.equal(again(**trained.inputs).logits, small.model(**trained.inputs).logits)
     step(small.model, small.optimizer, trained.inputs)
 
 

@@ -78,6 +78,11 @@ class PathCallback(Callback):
                 f"PathCallback(optimizer={self._optimizer}) is not allowed: {count} optimizers "
                 f"were configured, counted from 0"
             )
+        if trainer.ckpt_path is not None and self._text is None and trainer.is_global_zero:
+            raise ValueError(
+                f"the checkpoint {trainer.ckpt_path} was made without PathCallback, so its path "
+                f"cannot go on: fit from the start, or leave the callback out"
+            )
         steps = trainer.estimated_stepping_batches
         self._recorder.begin(
             trainer.optimizers[self._optimizer],

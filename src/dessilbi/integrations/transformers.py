@@ -125,7 +125,9 @@ class PathCallback(TrainerCallback, ExportableState):
         """Return what ``trainer_state.json`` keeps: where the path stands."""
         position = self._recorder.state()
         told = {"position": position, "file": str(self.path.history.file)} if position else {}
-        return {"args": {}, "attributes": {}, "path": told}
+        folder = None if self._recorder.folder is None else str(self._recorder.folder)
+        own = {"every": self._recorder.every, "folder": folder}
+        return {"args": own, "attributes": {}, "path": told}
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> FilePath:

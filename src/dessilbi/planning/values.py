@@ -79,6 +79,14 @@ class Plan:
         structured_parameters: In tensors with a structure.
         units: Everything that can be removed together.
         tensors: Every parameter.
+
+    >>> import torch
+    >>> from dessilbi import plan
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    >>> net.append(torch.nn.Linear(16, 2))[0].out_channels
+    4
+    >>> print(str(plan(net, example_inputs=torch.ones(1, 1, 4, 4))).splitlines()[1])
+    removable as whole units: 97.3 % of the parameters, 100.0 % of the MACs
     """
 
     model: str

@@ -1,0 +1,16 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# The tests of the library on the oldest torch that pyproject.toml allows, in an environment of its
+# own (the first time a large download). Part of `make test-full`.
+set -e
+place=${1:-.venv-oldest}
+oldest=$(sed -n 's/^ *"torch>=\([0-9.]*\)",$/\1/p' pyproject.toml)
+test -x "$place/bin/python" || "${PYTHON:-python3}" -m venv "$place"
+test -x "$place/bin/uv" || "$place/bin/pip" install --quiet --disable-pip-version-check uv
+"$place/bin/uv" pip install --quiet --python "$place/bin/python" "torch==$oldest.*" --editable . pytest hypothesis
+"$place/bin/python" -c 'import torch; print("torch", torch.__version__)'
+cd tests
+OMP_NUM_THREADS=1 "../$place/bin/python" -m pytest -q -m "not full" -p no:cacheprovider \
+  test_structure.py test_optimizer.py test_contract.py test_laws.py test_units.py test_fused.py \
+  test_wrapping.py test_path.py test_ticket.py test_groups.py test_coupling.py test_planning.py \
+  test_closing.py test_compaction.py test_saving.py test_growth.py test_public.py
