@@ -20,9 +20,7 @@ _CONVOLUTIONS = frozenset(
 # Where these have what they read and their weight: place and keyword of the argument.
 _DENSE = {
     "linear": ((0, "input"), (1, "weight")),
-    "addmm": ((1, "mat1"), (2, "mat2")),
-    "mm": ((0, "self"), (1, "mat2")),
-    "matmul": ((0, "self"), (1, "other")),
+    "addmm": ((1, "mat1"), (2, "mat2")),  # the linear layers of GPT-2
 }
 
 
@@ -80,9 +78,8 @@ def _length(index: Ids) -> int | tuple[int, ...] | None:
 def filters(graph: Graph) -> frozenset[str]:
     """Return the weights whose rows are filters: they are applied at every position of a sample.
 
-    These are convolutions, and linear layers (also written as products with a weight, which then
-    has its filters in its last dimension) that read a feature vector per token or pixel rather than
-    one per sample.
+    These are convolutions, and linear layers (those of GPT-2 have their filters in the last
+    dimension) that read a feature vector per token or pixel rather than one per sample.
 
     >>> import torch
     >>> from dessilbi.graph import read_graph

@@ -60,6 +60,11 @@ class PathCallback(Callback):
         self._text: str | None = None
 
     @property
+    def state_key(self) -> str:
+        """The name of this callback in a checkpoint; one for each optimizer that is watched."""
+        return f"{type(self).__qualname__}[{self._optimizer}]"
+
+    @property
     def path(self) -> Path:
         """The path of the current or last fit.
 
