@@ -22,6 +22,7 @@ from dessilbi.reporting.charts import (
     Tile,
 )
 from dessilbi.reporting.evidence import Evidence
+from dessilbi.reporting.pixels import Pixel
 from dessilbi.reporting.scales import Scale, around
 from dessilbi.reporting.summary import thinned
 from dessilbi.sealing import check_sealed
@@ -169,13 +170,12 @@ def _norm_title(layer: str, selected: Tensor, others: Tensor) -> str:
     if not len(selected):
         return f"{layer}: none of the {len(others)} filters is selected"
     if float(selected.min()) > float(others.max()):
-        return (
-            f"{layer}: every one of the {len(selected)} selected filters ends with a larger norm "
-            f"than the {len(others)} others"
-        )
+        larger = "filter ends" if len(selected) == 1 else f"{len(selected)} filters all end"
+        rest = "the other one" if len(others) == 1 else f"the {len(others)} others"
+        return f"{layer}: the selected {larger} with a larger norm than {rest}"
     return (
-        f"{layer}: the {len(selected)} selected filters end with a median norm of "
-        f"{wording.number(float(selected.median()))}, the {len(others)} others with "
+        f"{layer}: the selected filters ({len(selected)}) end with a median norm of "
+        f"{wording.number(float(selected.median()))}, the others ({len(others)}) with "
         f"{wording.number(float(others.median()))}"
     )
 
@@ -223,7 +223,7 @@ def filter_sheet(found: Evidence) -> FilterSheet | None:
     ]
     layer, living, total = wording.layer(name), int(alive.sum()), len(alive)
     colours = (
-        "orange is negative, white zero, blue positive"
+        "orange is negative, blue positive, and what is faint is near zero"
         if weights[name].shape[1] == 1
         else ("red, green and blue are the three channels, grey is zero")
     )
@@ -261,10 +261,13 @@ def _entry_by_filter(path: Path, name: str) -> list[int]:
     return [-1 if step == never else step for step in first.amin(1).tolist()]
 
 
-def _pixels(weights: Tensor) -> list[list[tuple[int, int, int]]]:
-    """A filter in [-1, 1] as colours, one row after the other."""
+def _pixels(weights: Tensor) -> list[list[Pixel]]:
+    """A filter in [-1, 1] as colours, one row after the other; the nearer to 0, the fainter."""
     if weights.shape[0] == 3:
-        bytes_ = ((weights + 1) * 127.5).round().int().permute(1, 2, 0).tolist()
-        return [[(r, g, b) for r, g, b in row] for row in bytes_]
-    ways = (palette.NEGATIVE, palette.ZERO, palette.POSITIVE)
-    return [[palette.between(ways, (v + 1) / 2) for v in row] for row in weights[0].tolist()]
+        channels = ((weights + 1) * 127.5).round().int().permute(1, 2, 0).tolist()
+        return [[(red, green, blue, 255) for red, green, blue in row] for row in channels]
+    negative, positive = palette.rgb(palette.NEGATIVE), palette.rgb(palette.POSITIVE)
+    return [
+        [(*(positive if value > 0 else negative), round(255 * abs(value))) for value in row]
+        for row in weights[0].tolist()
+    ]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dessilbi.reporting.pixels import Pixel
 from dessilbi.reporting.scales import Scale
 
 Point = tuple[float, float]
@@ -111,9 +112,12 @@ class EntryMap:
 
 @dataclass(frozen=True)
 class Tile:
-    """A filter as an image: rows of (red, green, blue), whether it lives, and a word under it."""
+    """A filter as an image, whether it lives, and a word under it.
 
-    pixels: Sequence[Sequence[tuple[int, int, int]]]
+    ``pixels``: rows of (red, green, blue, opacity); where nothing is, the ground shows.
+    """
+
+    pixels: Sequence[Sequence[Pixel]]
     alive: bool
     label: str
 

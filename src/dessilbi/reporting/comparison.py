@@ -2,6 +2,7 @@
 """Comparison: several runs side by side, and networks that grew beside those of a fixed width."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dessilbi.reporting import palette, wording
@@ -28,13 +29,19 @@ def side_by_side(runs: Sequence[Evidence]) -> Iterable[Chart]:
                 for row in run.judged
                 if row.ticket_accuracy is not None and getattr(row, quantity)
             ]
-            lines.append(Line(points, _tone(i), run.label, _dash(i), dots=quantity == "density"))
+            # The density of a network that grows falls when it does: a line would go astray.
+            line = Line(points, _tone(i), run.label, _dash(i), dots=quantity == "density")
+            lines.append(replace(line, joined=quantity == "epoch" or not run.growth))
         lines = [line for line in lines if line.points]
         if lines:
-            yield _side_by_side(quantity, lines)
+            yield _side_by_side(quantity, lines, alike=len({_data(run) for run in judged}) == 1)
 
 
-def _side_by_side(quantity: str, lines: Sequence[Line]) -> Chart:
+def _data(run: Evidence) -> str:
+    return str(run.recipe.get("data"))
+
+
+def _side_by_side(quantity: str, lines: Sequence[Line], *, alike: bool) -> Chart:
     xs = [x for line in lines for x, _ in line.points]
     scale = of_accuracy([y for line in lines for _, y in line.points])
     by_density = quantity == "density"
@@ -43,9 +50,10 @@ def _side_by_side(quantity: str, lines: Sequence[Line]) -> Chart:
     where = f"at a density of {wording.share(x)}" if by_density else f"epoch {wording.epoch(x)}"
     across = of_density(xs) if by_density else Scale(0.0, max(xs))
     log = ", log scale" if across.kind == "log" else ""
+    title = f"The best last ticket is that of {best.label}: {wording.share(y)} {where}"
     return Chart(
         f"runs-by-{quantity}",
-        f"The best last ticket is that of {best.label}: {wording.share(y)} {where}",
+        title if alike else f"The tickets of {len(lines)} runs, on data that differ",
         f"Test accuracy of the tickets of {len(lines)} runs against {quantity}.",
         Axis(f"density of the support (%{log})", across, True)
         if by_density
@@ -117,8 +125,9 @@ def macs_chart(runs: Sequence[Evidence], frames: Sequence[Frames]) -> Chart | No
     if not any(run.growth for run in runs):
         return None
     lines = []
+    grown = {_data(run) for run in runs if run.growth}
     for i, (run, own) in enumerate(zip(runs, frames, strict=True)):
-        points = _spent(run, own)
+        points = _spent(run, own) if _data(run) in grown else []
         kind = "grew" if run.growth else "fixed width"
         if points:
             lines.append(Line(points, _tone(i), f"{run.label} ({kind})", _dash(i)))

@@ -36,7 +36,12 @@ def by_density(found: Evidence) -> Chart:
     """Return accuracy against the density of supp(Gamma), and judged tickets of the family."""
     rows = [row for row in found.judged if row.density > 0]
     lines = [
-        Line(_of(rows, name, lambda row: row.density), tone, label, dash, dots=True)
+        Line(
+            _of(rows, name, lambda row: row.density),
+            *(tone, label, dash),
+            dots=True,
+            joined=not found.growth,  # the density of a network that grows falls when it does
+        )
         for label, name, tone, dash in THREE
     ]
     tuned = _family(found)
@@ -130,7 +135,7 @@ def dynamics(found: Evidence) -> Iterable[Chart]:
     if gap:
         yield _plain(
             "gap",
-            f"W and Γ end {_moved(gap, 'closer', 'further apart')} than they began",
+            _gap_title(gap),
             "the gap ‖W − Γ‖² / 2ν",  # noqa: RUF001  # a minus and the letter nu
             gap,
             "gamma",
@@ -227,12 +232,15 @@ def _series(told: Sequence[Any], name: str) -> list[Point]:
     return [(epoch, value) for epoch, value in numbers if math.isfinite(value)]
 
 
-def _moved(points: Sequence[Point], down: str, up: str) -> str:
+def _gap_title(points: Sequence[Point]) -> str:
     first, last = points[0][1], points[-1][1]
-    if len(points) < 2 or first == last:
-        return f"as far apart ({wording.number(last)})"
-    word = down if last < first else up
-    return f"{word} ({wording.number(first)} after the first epoch, {wording.number(last)} at last)"
+    if first == last:
+        return f"The gap between W and Γ is {wording.number(last)}"
+    word = "falls" if last < first else "rises"
+    return (
+        f"The gap between W and Γ {word} from {wording.number(first)} after epoch "
+        f"{wording.epoch(points[0][0])} to {wording.number(last)}"
+    )
 
 
 def _clock_title(found: Evidence, clock: Sequence[Point]) -> str:

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+from dessilbi.reporting.palette import BLUE, GREEN, GREY, ORANGE
 from dessilbi.reporting.summary import Summary
 from dessilbi.runs import Run
 from dessilbi.sealing import read_sealed
 
-# Okabe and Ito's palette, safe for colour-blind eyes.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 LINE_STYLES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 1)))
 
 

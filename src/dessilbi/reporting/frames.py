@@ -87,6 +87,8 @@ def _opened(found: Evidence) -> tuple[Graph | None, CostModel | None, str]:
             raise ValueError("its network has not finished to grow")
         data = shape_of(recipe)
         model = built(recipe, data, load_start(found.run), sizes_of(found.run))
+        assert found.path is not None
+        found.path.support(step=found.rows[0].step).density_of_model(model)  # checks the names
         graph = read_graph(model, data.blank())
         return graph, CostModel(graph, model), ""
     except Exception as error:  # whatever an own or newer model does when it is read

@@ -34,8 +34,8 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 2 1 2 1 2")
 
 # From early to late, readable on light and dark grounds, and by lightness alone.
 RAMP = ("#3b5bb5", "#3f8fc4", "#4fb3a6", "#a6c961", "#f5c342")
-# From negative over zero to positive.
-NEGATIVE, ZERO, POSITIVE = "#c04f00", "#ffffff", "#0072b2"
+# Of weights; the nearer to zero, the fainter.
+NEGATIVE, POSITIVE = "#d55e00", "#1f86c9"
 
 BLUE, ORANGE, GREEN, GREY = (TONES[name].light for name in ("ticket", "gamma", "tuned", "dense"))
 

@@ -15,6 +15,7 @@ from dessilbi.runs import free_path
 from dessilbi.storage import write_atomic
 
 Format = Literal["svg", "png"]
+ACROSS = 8  # filters in a row
 MISSING = (
     "figures as PNG need matplotlib, which is not installed: pip install 'dessilbi[figures]', or "
     "ask for --format svg"
@@ -65,7 +66,8 @@ def _file_name(name: str) -> str:
 def _draw(figure: Figure, file: FilePath) -> None:
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(6.4, 4.4), layout="constrained", dpi=180)
+    tall = 0.9 + _rows_of(figure) * 0.95 if isinstance(figure, FilterSheet) else 4.4
+    canvas = Canvas(figsize=(6.4, tall), layout="constrained", dpi=180)
     canvas.suptitle(_plain(fill(figure.title, 66)), fontsize=10, x=0.02, ha="left")
     if isinstance(figure, Chart):
         _curves(canvas.subplots(), figure)
@@ -163,13 +165,17 @@ def _rows(axes: Any, figure: EntryMap) -> None:
     )
 
 
+def _rows_of(figure: FilterSheet) -> int:
+    return -(-len(figure.tiles) // ACROSS)
+
+
 def _tiles(canvas: Any, figure: FilterSheet) -> None:
-    across = 8 if len(figure.tiles) <= 40 else 12
-    down = -(-len(figure.tiles) // across)
-    grid = canvas.subplots(down, across, squeeze=False)
-    for axes in grid.flat:
+    grid = canvas.subplots(_rows_of(figure), ACROSS, squeeze=False)
+    for axes in grid.flat[len(figure.tiles) :]:
         axes.set_axis_off()
     for axes, tile in zip(grid.flat, figure.tiles, strict=False):
         axes.imshow(tile.pixels)
-        state = "" if tile.alive else "\n(dead)"
-        axes.set_title(tile.label + state, fontsize=6)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_linestyle("-" if tile.alive else "--")
+        axes.set_title(tile.label + ("" if tile.alive else "\n(dead)"), fontsize=6)

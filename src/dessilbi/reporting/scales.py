@@ -105,14 +105,14 @@ def of_accuracy(values: Iterable[float]) -> Scale:
 
 
 def of_density(values: Iterable[float]) -> Scale:
-    """Return an axis for densities: logarithmic where they differ by more than ten times.
+    """Return an axis for densities: logarithmic where they spread over orders of magnitude.
 
-    Zeros have no place on it.
+    Zeros have no place on a logarithmic one.
     """
-    found = [v for v in values if v > 0]
+    found = sorted(v for v in values if v > 0)
     if not found:
         return Scale(0.0, 1.0)
-    low, high = min(found), max(found)
-    if high / low <= 10:
+    low, high = found[0], found[-1]
+    if high / low <= 10 or found[len(found) // 2] > high / 4:
         return around(found, from_zero=True)
     return Scale(max(low / 1.15, 1e-9), min(1.0, high * 1.15), "log")

@@ -113,7 +113,7 @@ def told_of(frame: Frame, frames: Frames, found: Evidence) -> dict[str, str]:
 def _layer(name: str, frame: Frame | None, total: int) -> dict[str, Any]:
     alive = frame.alive[name] if frame else 0
     width = f"{100 * alive / max(1, total):.4g}"
-    return {"name": wording.layer(name), "count": f"{alive} of {total}", "width": width}
+    return {"name": wording.layer(name), "count": f"{alive:,} of {total:,}", "width": width}
 
 
 def _notes(frames: Frames) -> list[str]:

@@ -15,9 +15,10 @@ from dessilbi.reporting import palette
 from dessilbi.reporting.charts import Axis, Chart, EntryMap, Figure, FilterSheet, Line
 from dessilbi.reporting.pixels import data_url
 
-WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 34, 46
-LETTER = 6.3  # the mean width of a letter at 11 px, for what has to be placed beside text
+WIDTH, HEIGHT = 480, 280  # without legend and title
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 26, 46
+ROW = 17  # of a legend
+LETTER = 6.9  # the mean width of a letter at 11 px, for what has to be placed beside text
 TITLE_HEIGHT = 20
 
 
@@ -30,7 +31,7 @@ def to_svg(figure: Figure, prefix: str, *, alone: bool = False) -> Markup:
         alone: With its title and its own colours (the light ones), to be a file by itself.
     """
     if isinstance(figure, Chart):
-        height, body = HEIGHT, _chart(figure, prefix)
+        height, body = _chart(figure, prefix)
     elif isinstance(figure, EntryMap):
         height, body = _entry_map(figure)
     else:
@@ -103,13 +104,15 @@ def _up(axis: Axis, y: float) -> float:
     return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * axis.scale.place(y)
 
 
-def _chart(chart: Chart, prefix: str) -> Markup:
-    parts = [*_axes(chart), *_legend(chart)]
+def _chart(chart: Chart, prefix: str) -> tuple[int, Markup]:
+    above, legend = _legend(chart)
+    parts = list(_axes(chart))
     parts += [_curve(line, chart) for line in chart.lines if line.points]
     parts += _marks(chart)
     if chart.track:
         parts.append(_pointer(chart, prefix))
-    return Markup("").join(parts)
+    inside = Markup('<g transform="translate(0 {})">{}</g>').format(above, Markup("").join(parts))
+    return HEIGHT + above, Markup("").join(legend) + inside
 
 
 def _tick(value: float, axis: Axis) -> str:
@@ -134,21 +137,28 @@ def _axes(chart: Chart) -> Iterable[Markup]:
     yield _text(8, 14, y.label, "axis")
 
 
-def _legend(chart: Chart) -> Iterable[Markup]:
+def _legend(chart: Chart) -> tuple[int, list[Markup]]:
+    """The legend in as many rows as it needs, and its height."""
     labelled = [line for line in chart.lines if line.label]
-    lengths = [34 + LETTER * len(line.label) for line in labelled]
-    x = WIDTH - RIGHT - sum(lengths) + 10
-    y = TOP - 19 if x > 8 + LETTER * len(chart.y.label) + 12 else TOP - 6
-    x = max(x, LEFT) if y < TOP - 10 else max(WIDTH - RIGHT - sum(lengths) + 10, 8)
-    for line, length in zip(labelled, lengths, strict=True):
+    parts: list[Markup] = []
+    x, row = 8.0, 0
+    for line in labelled:
+        label = line.label if len(line.label) <= 34 else line.label[:32] + "..."
+        length = 34 + LETTER * len(label)
+        if x > 8 and x + length > WIDTH:
+            x, row = 8.0, row + 1
+        y = 14.0 + ROW * row
         if line.joined:
-            yield Markup('<line x1="{}" y1="{}" x2="{}" y2="{}" class="curve t-{}"{}/>').format(
-                _num(x), _num(y - 4), _num(x + 18), _num(y - 4), line.tone, _dashed(line)
+            parts.append(
+                Markup('<line x1="{}" y1="{}" x2="{}" y2="{}" class="curve t-{}"{}/>').format(
+                    _num(x), _num(y - 4), _num(x + 18), _num(y - 4), line.tone, _dashed(line)
+                )
             )
         if line.dots:
-            yield _dot(x + 9, y - 4, line.tone)
-        yield _text(x + 23, y, line.label)
+            parts.append(_dot(x + 9, y - 4, line.tone))
+        parts.append(_text(x + 23, y, label))
         x += length
+    return (ROW * (row + 1) + 8 if labelled else 0), parts
 
 
 def _dashed(line: Line) -> Markup:
@@ -260,8 +270,7 @@ def _sheet(figure: FilterSheet) -> tuple[int, Markup]:
         for place, tile in enumerate(tiles):
             row, column = divmod(place, across)
             left, top = 8 + column * cell + 3, y + row * (cell + 12)
-            opaque = [[(*pixel, 255) for pixel in line] for line in tile.pixels]
-            parts.append(_image(left, top, side, side, data_url(opaque)))
+            parts.append(_image(left, top, side, side, data_url(tile.pixels)))
             kind = "t-ticket" if alive else "dead t-soft"
             parts.append(
                 Markup('<rect x="{}" y="{}" width="{}" height="{}" class="frame {}"/>').format(

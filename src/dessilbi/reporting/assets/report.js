@@ -32,7 +32,7 @@
       rows.forEach((row, i) => {
         const [alive, total] = [frame.alive[i], run.totals[i]];
         row.querySelector("[data-bar]").setAttribute("width", String((100 * alive) / (total || 1)));
-        row.querySelector("[data-count]").textContent = `${alive} of ${total}`;
+        row.querySelector("[data-count]").textContent = `${alive.toLocaleString("en")} of ${total.toLocaleString("en")}`;
       });
       slider.setAttribute("aria-valuetext", frame.said);
       for (const line of pointers) place(line, frame);
