@@ -77,9 +77,15 @@ def close(ticket: Ticket, model: nn.Module, *, example_inputs: ExampleInputs) ->
 
 def close_on(graph: Graph, ticket: Ticket) -> Ticket:
     """Close a ticket on a graph that is already read."""
+    return closed_and_settled(graph, ticket)[0]
+
+
+def closed_and_settled(graph: Graph, ticket: Ticket) -> tuple[Ticket, Settled]:
+    """Close a ticket, and tell what can go by it."""
     settled, masks, specs = _settled(graph, ticket)
     closed = Ticket(masks, specs, {**ticket.origin, **_told(graph, ticket, settled)})
-    return ticket if ticket.origin.get("closed") is True and closed == ticket else closed
+    same = ticket.origin.get("closed") is True and closed == ticket
+    return ticket if same else closed, settled
 
 
 def settle_on(graph: Graph, ticket: Ticket) -> Settled:

@@ -52,6 +52,13 @@ def _empty(ticket: Ticket, member: Member, shape: tuple[int, ...]) -> Flags:
 
 def _taken_in(graph: Graph) -> Flags:
     """Return blocks that an operation other than a layer takes in and does not hand on."""
+    if "taken in" not in graph.memory:
+        graph.memory["taken in"] = _looked_for(graph)
+    found: Flags = graph.memory["taken in"]
+    return found
+
+
+def _looked_for(graph: Graph) -> Flags:
     found = np.zeros(graph.num_blocks + 1, bool)  # the last entry stands for "no block"
     for node in graph.reading.program.module.graph.nodes:
         if node.op not in ("call_function", "output"):

@@ -6,7 +6,8 @@ and columns in it. Blocks that look alike (the same weights, as often) form a :c
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,7 @@ class Graph:
         constants: Consumers of constants.
         shuffles: Operations that may be replaced by a selection along one dimension.
         reading: The labels of every operation, for surgery.
+        memory: What follows from the graph alone and takes long, by name; it is worked out once.
     """
 
     units: tuple[Unit, ...]
@@ -118,8 +120,9 @@ class Graph:
     shuffles: Mapping[str, Shuffle]
     reading: Reader
     block_of_label: Ids
+    memory: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
-    @property
+    @cached_property
     def num_blocks(self) -> int:
         """Number of removable blocks of the whole model."""
         return sum(unit.num_blocks for unit in self.units)

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dessilbi.closing import close_on, settle_on
+from dessilbi.closing import closed_and_settled
 from dessilbi.costs import Cost, CostModel
 from dessilbi.drawing import shape_of
 from dessilbi.graph import Graph, read_graph
@@ -101,8 +101,8 @@ def _frame(found: Evidence, row: Row, graph: Graph | None, costs: CostModel | No
     empty = not ticket.kept_elements
     cost = None
     if graph is not None and costs is not None and not empty:
-        ticket = close_on(graph, ticket)
-        cost = costs.after(settle_on(graph, ticket).gone)
+        ticket, settled = closed_and_settled(graph, ticket)
+        cost = costs.after(settled.gone)
     alive = {name: _alive(ticket, name, spec) for name, spec in found.path.specs.items()}
     return Frame(row, alive, ticket.density, cost, () if empty else commands(found, row.step))
 
