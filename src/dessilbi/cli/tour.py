@@ -24,7 +24,10 @@ def demo(
     """Train on digits: a path of tickets with LeNet, a smaller model with a residual net."""
     folder = out or free_path("runs", "demo")
     _family(folder)
-    _smaller(free_path(folder.parent, f"{folder.name}-resnet"))
+    other = free_path(folder.parent, f"{folder.name}-resnet")
+    _smaller(other)
+    typer.echo("See both runs in a browser, model by model along their paths:")
+    typer.echo(f"  dessilbi report {folder} {other}")
 
 
 def _family(folder: FilePath) -> None:

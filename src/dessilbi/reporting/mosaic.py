@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dessilbi.reporting.figures import BLUE, GREY
+from dessilbi.reporting.palette import BLUE, GREY
 from dessilbi.reporting.filters import Filter, Filters
 from dessilbi.reporting.fitting import shortened
 
