@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dessilbi.reporting.palette import BLUE, GREY
 from dessilbi.reporting.filters import Filter, Filters
 from dessilbi.reporting.fitting import shortened
+from dessilbi.reporting.palette import BLUE, GREY
 
 COLUMNS = 8, 12  # fewest, so that the titles have room, and most
 INCH = 0.95  # of one image with its label
