@@ -17,8 +17,8 @@ from dessilbi.reporting.page import report_of
 
 ROOT = Path(__file__).parents[1]
 VIEWS = {
-    "desktop": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
-    "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
+    "desktop": {"viewport": {"width": 1280, "height": 1180}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1280, "height": 1180}, "color_scheme": "dark"},
     "phone": {
         "viewport": {"width": 390, "height": 844},
         "color_scheme": "light",

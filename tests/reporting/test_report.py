@@ -86,7 +86,7 @@ def tiny_page(tiny_report):
 
 
 def in_percent(value):
-    return f"{100 * value:.2f} %" if value >= 0.01 else f"{100 * value:.3g} %"
+    return f"{100 * value:.2f}\u00a0%" if value >= 0.01 else f"{100 * value:.3g}\u00a0%"
 
 
 def test_the_numbers_of_the_slider_are_those_of_the_run_folder(tiny_page, run_that_selects):
@@ -116,7 +116,7 @@ def test_the_models_of_the_slider_are_those_that_tickets_by_step_give(tiny_page,
             warnings.filterwarnings("ignore", message="nothing is left of")
             drawn = drawer.draw(Wish(step=point.step))
         cost, shown = drawn.cost, frame["shown"]
-        share = f"{100 * cost.params / dense.params:.2f} %"
+        share = in_percent(cost.params / dense.params)
         assert shown["params"] == f"{cost.params:,} of {dense.params:,} ({share})"
         assert shown["macs"].startswith(f"{cost.macs:,} of {dense.macs:,} (")
         assert shown["density"] == in_percent(drawn.ticket.density)
@@ -317,7 +317,7 @@ def test_the_family_and_retrained_tickets_are_listed(tmp_path):
         {"rows": [{**row, "repetitions": 3, "epochs": 5}]},
     )
     page = page_of(run)[0]
-    for told in ("Retrained: mine", "81.25 %", "1.00 points", "75.00 %"):
+    for told in ("Retrained: mine", in_percent(0.8125), "1.00 points", in_percent(0.75)):
         assert told in page
 
 
@@ -353,7 +353,7 @@ def test_a_title_says_the_point_that_its_numbers_make(tmp_path):
     found = evidence_of(handmade(tmp_path / "run").folder)
     charts = {f.name: f for f in figures_of(found, frames_of(found))["accuracy"]}
     assert charts["accuracy-by-density"].title == (
-        "At its last density, 100.00 %, the ticket is 5.00 points below the dense W"
+        f"At its last density, {in_percent(1.0)}, the ticket is 5.00 points below the dense W"
     )
     near = [replace(row, ticket_accuracy=row.accuracy - 0.005) for row in found.rows[-3:]]
     found = replace(found, rows=[*found.rows[:-3], *near])
@@ -379,7 +379,8 @@ def test_the_widths_of_a_network_that_grew_are_drawn_with_what_it_cost(tmp_path)
     (widths,) = growth_charts(found)
     assert list(widths.lines[0].points) == [(0.0, 2.0), (6.0, 4.0), (12.0, 4.0), (12.0, 4.0)]
     chart = macs_chart([found], [frames_of(found)])
-    spent = [round(x * 1e12) for x, _ in chart.lines[0].points]
+    assert "10⁶" in chart.x.label
+    spent = [round(x * 1e6) for x, _ in chart.lines[0].points]
     assert spent[5] == 3 * 100 * 32 * 60
     assert spent[11] == spent[5] + 3 * 200 * 32 * 60
     assert [y for _, y in chart.lines[0].points] == [m["val_accuracy"] for m in found.metrics]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparison: several runs side by side, and networks that grew beside those of a fixed width."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from dessilbi.reporting.summary import thinned
 from dessilbi.training.growing import TRAINING
 
 ROWS = 40
+RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def side_by_side(runs: Sequence[Evidence]) -> Iterable[Chart]:
@@ -135,15 +137,22 @@ def macs_chart(runs: Sequence[Evidence], frames: Sequence[Frames]) -> Chart | No
         return None
     scale = of_accuracy([y for line in lines for _, y in line.points])
     ends = [(line.label, *line.points[-1]) for line in lines]
+    power = 3 * int(math.log10(max(1.0, *(x for _, x, _ in ends))) // 3)
     title = "; ".join(f"{label}: {wording.share(y)} for {_macs(x)} MACs" for label, x, y in ends)
     return Chart(
         "training-cost",
         title,
         f"Validation accuracy of the dense W against the multiply-accumulates of the training so "
         f"far, all sizes counted, of {len(lines)} runs; a step counts {TRAINING} forward passes.",
-        Axis("MACs of the training (10¹²)", around([x / 1e12 for _, x, _ in ends], from_zero=True)),
+        Axis(
+            f"MACs of the training (10{str(power).translate(RAISED)})",
+            around([x / 10**power for _, x, _ in ends], from_zero=True),
+        ),
         Axis("validation accuracy of W (%)", scale, percent=True),
-        [Line([(x / 1e12, y) for x, y in ln.points], ln.tone, ln.label, ln.dash) for ln in lines],
+        [
+            Line([(x / 10**power, y) for x, y in ln.points], ln.tone, ln.label, ln.dash)
+            for ln in lines
+        ],
         table=Table(
             ["run", "MACs of the training", "validation accuracy"],
             [
@@ -156,7 +165,7 @@ def macs_chart(runs: Sequence[Evidence], frames: Sequence[Frames]) -> Chart | No
 
 
 def _macs(value: float) -> str:
-    return f"{value:.3g}".replace("e+", "e")
+    return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
 def _spent(run: Evidence, own: Frames) -> list[Point]:

@@ -331,7 +331,8 @@ def _dropped(every: Sequence[Row], drawn: Sequence[Row]) -> str:
     left = len(every) - len(drawn)
     if not left:
         return ""
-    return f"{left} judged points with an empty support have no place on this axis."
+    points = "1 judged point" if left == 1 else f"{left} judged points"
+    return f"Not on this axis: {points} at which the support was empty."
 
 
 def _picked(shown: int, total: int) -> str:

@@ -70,6 +70,7 @@ SHAPES = (
     ".curve{fill:none;stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}"
     ".curve.thin{stroke-width:.9;stroke-opacity:.75}.grid{stroke-width:1}"
     ".mark{stroke-width:1.2;stroke-dasharray:3 3}.dot{stroke-width:1.2}"
+    "svg text.tag{stroke-width:4px;stroke-linejoin:round;paint-order:stroke}"
     "svg text.title{font-size:13px;font-weight:600}image{image-rendering:pixelated}"
     ".frame{fill:none;stroke-width:1.6}.frame.dead{stroke-dasharray:2.5 2.5;stroke-width:1.2}"
 )
@@ -200,7 +201,7 @@ def _marks(chart: Chart) -> Iterable[Markup]:
         row = sum(abs(x - other) < LETTER * 18 for other in taken) % 8
         taken.append(x)
         anchor, at = ("end", x - 5) if left else ("start", x + 5)
-        yield _text(at, HEIGHT - BOTTOM - 8 - 13 * row, label, "note", anchor)
+        yield _text(at, HEIGHT - BOTTOM - 8 - 14 * row, label, "tag t-ground", anchor)
 
 
 def _pointer(chart: Chart, prefix: str) -> Markup:

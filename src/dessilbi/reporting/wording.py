@@ -3,18 +3,22 @@
 
 import math
 
+PERCENT = "\u00a0%"
+
 
 def share(value: float | None) -> str:
     """Return a fraction in percent, with digits enough to tell small ones apart.
 
-    >>> share(0.98155), share(0.00123), share(0.0), share(None)
-    ('98.16 %', '0.123 %', '0 %', 'not measured')
+    The space before the sign does not break.
+
+    >>> print(share(0.98155), share(0.00123), share(0.0), share(None), sep=", ")
+    98.16\u00a0%, 0.123\u00a0%, 0\u00a0%, not measured
     """
     if value is None or not math.isfinite(value):
         return "not measured"
     if value and abs(value) < 0.01:
-        return f"{100 * value:.3g} %"
-    return f"{100 * value:.2f} %" if value else "0 %"
+        return f"{100 * value:.3g}{PERCENT}"
+    return f"{100 * value:.2f}{PERCENT}" if value else f"0{PERCENT}"
 
 
 def number(value: float | None) -> str:
@@ -38,8 +42,8 @@ def count(value: int | None) -> str:
 def part(value: int | None, whole: int | None) -> str:
     """Return "12,340 of 61,700 (20.00 %)", or the number alone where the whole is not known.
 
-    >>> part(5, 20)
-    '5 of 20 (25.00 %)'
+    >>> print(part(5, 20))
+    5 of 20 (25.00\u00a0%)
     """
     if value is None or not whole:
         return count(value)
