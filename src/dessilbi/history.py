@@ -357,10 +357,8 @@ class History:
     ) -> "History":
         if header.get("format") != FORMAT:
             raise ValueError("no path header")
-        if header.get("version") != VERSION:
-            raise ValueError(
-                f"format version {told_by(header['version'], 40)}, this release reads {VERSION}"
-            )
+        if (found := header.get("version")) != VERSION:
+            raise ValueError(f"format version {told_by(found, 40)}, this release reads {VERSION}")
         specs = read_specs(header["tensors"])
         if wanted is not None and specs.keys() != wanted.keys():
             raise OtherTensorsError(file)
