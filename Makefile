@@ -4,9 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 RUN ?= runs/demo
+MINUTES ?= 1000
 export UV_LINK_MODE ?= copy
 
-.PHONY: help demo check format test test-full clean
+.PHONY: help demo check format test test-full evidence evidence-smoke clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -39,6 +40,13 @@ test: .venv/dev  ## everything a user's machine can run
 
 test-full: .venv/dev  ## test, and the long checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+evidence: .venv/dev  ## measure what is missing of docs/evidence.md (hours; DESSILBI_DATA, MINUTES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.run --workers 2 --minutes $(MINUTES)
+	$(BIN)/python -m benchmarks.evidence.page
+
+evidence-smoke: .venv/dev  ## the whole chain of it at a tiny size
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/evidence
 
 clean:  ## remove the virtual environment and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -231,7 +231,7 @@ def trials_table(lines: Sequence[Line]) -> str:
                 score = "" if not found else f"{100 * found[0]['val_accuracy']:.2f}"
                 if found and part == "f":
                     score = f"{found[0]['val_loss']:.3f}"
-                told = ", ".join(f"{key} {value:g}" for key, value in setting.items())
+                told = ", ".join(f"{key} {value}" for key, value in setting.items())
                 rows.append([part, NAMES[method].replace("*", ""), told, score])
     return table(["part", "method", "setting", "validation"], rows)
 

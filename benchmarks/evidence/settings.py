@@ -47,8 +47,9 @@ TRIALS: dict[str, dict[str, list[Setting]]] = {
         "dessilbi-adamw": grid("lr", (1e-3, 3e-3), "coupling", (1.0, 4.0)),
     },
     "b": {
-        "dessilbi": grid("lr", (0.04, 0.07), "coupling", (4.0, 10.0)),
-        "dessilbi-target": grid("lr", (0.04, 0.07), "coupling", (1.0, 3.0)),
+        "dessilbi": grid("lr", (0.04, 0.07), "coupling", (2.0, 5.0)),
+        # one parameter: weak coupling and tickets enforced on the way, or stronger and none
+        "dessilbi-target": grid("lr", (0.04, 0.07), "style", ("tightened", "free")),
         "one-shot": grid("lr", (0.04, 0.07), "decay", (5e-4, 5e-3)),
         "gradual": grid("lr", (0.04, 0.07), "decay", (5e-4, 5e-3)),
         "linbreg": grid("lr", (0.3, 0.6), "lam", (0.02, 0.1)),

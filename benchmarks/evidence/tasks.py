@@ -189,7 +189,7 @@ def _first(split: Split, count: int | None) -> Split:
 
 LENET = {"train": 12_800, "validation": 5_000, "batch": 128, "steps": 1_200}
 RESNET = {"train": 12_800, "validation": 5_000, "batch": 128, "steps": 1_000, "augment": True}
-TEXT = {"validation": 400, "length": 64, "batch": 32, "steps": 1_200, "width": 64, "depth": 2}
+TEXT = {"validation": 400, "length": 64, "batch": 32, "steps": 800, "width": 64, "depth": 2}
 FULL = {"train": 45_000, "validation": 5_000, "batch": 128, "steps": 160 * 351, "augment": True}
 READY = ("mnist", "fashion", "cifar", "text", "digits", "digits-resnet", "chatter")
 FULL_NETS = ("resnet20", "vgg16-bn", "resnet56")

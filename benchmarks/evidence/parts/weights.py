@@ -26,7 +26,12 @@ from torch.optim import Optimizer
 SEARCH = 0.6  # of E; the rest trains the ticket
 AIM = 0.03  # density that the search for all densities aims at
 SHARE = 0.1  # of the weights LinBreg starts with
-TIGHTEN = (0.1, 0.95)  # of the search for one density: nested tickets are enforced on the way
+DECAY = 5e-4  # of what trains a ticket, where the setting has none
+# Of the runs for one density: nested tickets enforced on the way along the cubic curve, or none.
+STYLES: dict[str, Setting] = {
+    "tightened": {"coupling": 1.0, "tighten": (0.1, 0.95)},
+    "free": {"coupling": 4.0},
+}
 
 
 def search_ours(task: Task, stage: Stage, seed: int, setting: Setting) -> Searched:
@@ -74,7 +79,7 @@ def tail_of(setting: Setting) -> Callable[[nn.Module], Optimizer]:
     LinBreg's and AdaBreg's rates are not those of SGD, so their tickets have one of their own.
     """
     lr = setting.get("tail_lr", setting["lr"])
-    return lambda net: sgd(net, lr, weight_decay=setting.get("decay", 0.0))
+    return lambda net: sgd(net, lr, weight_decay=setting.get("decay", DECAY))
 
 
 def frontier(job: Job, bench: Bench, search: Search, setting: Setting) -> Iterator[dict[str, Any]]:
@@ -115,7 +120,7 @@ def per_density(job: Job, bench: Bench, setting: Setting) -> Iterator[dict[str, 
     """A search for every budget."""
     for budget in job.budgets:
         one = replace(job, budgets=(budget,))
-        aimed = setting | {"density": budget, "tighten": TIGHTEN}
+        aimed = STYLES[setting["style"]] | {"lr": setting["lr"], "density": budget}
         for line in frontier(one, bench, SEARCHES[job.method], aimed):
             yield line | {"setting": setting}
 
