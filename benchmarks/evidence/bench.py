@@ -108,7 +108,7 @@ class Bench:
         part = "c" if job.part == "g" else job.part
         part, method = BORROWED.get((part, job.method), (part, job.method))
         if job.trial is not None:
-            return TRIALS[part][method][job.trial]
+            return dict(TRIALS[part][method][job.trial])
         return self.chosen(part, method)
 
     def chosen(self, part: str, method: str) -> Setting:
@@ -125,7 +125,7 @@ class Bench:
         }
         if len(own) < len(offered):
             raise MissingError(f"{part} {method}: {len(own)} of {len(offered)} trials are there")
-        return offered[max(sorted(own), key=lambda trial: own[trial])]
+        return dict(offered[max(sorted(own), key=lambda trial: own[trial])])
 
     def dense(self, name: str, seed: int) -> tuple[nn.Module, Spent]:
         """Return the network of a task trained by SGD over E, kept from an earlier job if it was.

@@ -4,7 +4,6 @@
 import json
 
 import pytest
-import torch
 from benchmarks.evidence import page, run
 from benchmarks.evidence.bench import Bench, Job, MissingError
 from benchmarks.evidence.plan import planned
@@ -16,9 +15,7 @@ def smoke(tmp_path_factory):
     """Everything run once."""
     folder = tmp_path_factory.mktemp("evidence")
     bench = Bench(folder / "lines.jsonl", folder / "work", None, smoke=True)
-    flush = torch.get_flush_denormal() if hasattr(torch, "get_flush_denormal") else False
     run.work(bench, planned(smoke=True), minutes=10)
-    torch.set_flush_denormal(flush)
     return bench
 
 

@@ -49,15 +49,29 @@ def unit_scores(
     return block_scores(optimizer)["weight"], dict(path.specs), dict(path.units)
 
 
+def per_root_size(
+    norms: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], units: Mapping[str, str | None]
+) -> dict[str, Tensor]:
+    """Return the norms of units divided by the root of how many weights a unit has."""
+    sizes: dict[str, int] = {}
+    for name, spec in specs.items():
+        unit = units[name] or name
+        sizes[unit] = sizes.get(unit, 0) + spec.block_size
+    return {name: values / sizes[units[name] or name] ** 0.5 for name, values in norms.items()}
+
+
 def by_scores(
     task: Task,
     model: nn.Module,
     groups: Sequence[Mapping[str, Any]],
     scores: Mapping[str, Tensor] | None = None,
 ) -> Cut:
-    """Return the cut that removes the units with the smallest scores (norms), over all layers."""
+    """Return the cut that removes the units with the smallest scores, over all layers.
+
+    Without scores: the norm over the root of the unit's size, as units are of very different sizes.
+    """
     norms, specs, units = unit_scores(groups)
-    keys = [norms if scores is None else scores]
+    keys = [per_root_size(norms, specs, units) if scores is None else scores]
     family = Family(keys, specs, units, model=model, example_inputs=task.example())
 
     def cut(share: float) -> nn.Module:
@@ -69,7 +83,7 @@ def by_scores(
 
 def search_ours(task: Task, stage: Stage, seed: int, setting: dict[str, Any]) -> Cuttable:
     model = task.model(seed)
-    options = {"decay": DECAY, "density": AIM} | setting
+    options = {"decay": DECAY, "density": AIM, "block_scale": "sqrt"} | setting
     found: Searched = ours.search(
         task, model, filter_groups(task, model), stage, seed=seed, **options
     )
@@ -81,7 +95,7 @@ def by_path(task: Task, model: nn.Module, found: Searched) -> Cut:
     """Return the cut of a path's family."""
     example = task.example()
     assert found.path is not None
-    family = found.path.family(model, example_inputs=example, order="weight")
+    family = found.path.family(model, example_inputs=example, order="dual")
     return lambda share: (
         compact(model, family.choose("macs", share).ticket, example_inputs=example).model
     )

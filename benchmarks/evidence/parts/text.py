@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.evidence.bench import Bench, Job, line_of
 from benchmarks.evidence.methods import ours
-from benchmarks.evidence.parts.filters import unit_scores
+from benchmarks.evidence.parts.filters import per_root_size, unit_scores
 from benchmarks.evidence.settings import Setting
 from benchmarks.evidence.tasks import Task
 from benchmarks.evidence.training import Searched, Stage, at_once, fit, judged
@@ -47,12 +47,14 @@ def search(task: Task, job: Job, stage: Stage, setting: Setting) -> Searched:
             density=AIM,
             base="adamw",
             decay=DECAY,
+            block_scale="sqrt",
             **setting,
         )
     optimizer = AdamW(model.parameters(), lr=setting["lr"], weight_decay=setting["decay"])
     spent = fit(task, model, optimizer, stage, seed=job.seed)
     scores, specs, units = unit_scores(groups)
-    family = Family([scores], specs, units, model=model, example_inputs=task.example())
+    keys = [per_root_size(scores, specs, units)]
+    family = Family(keys, specs, units, model=model, example_inputs=task.example())
     return Searched(model, lambda d: family.choose("density", d).ticket, spent)
 
 
@@ -81,7 +83,7 @@ def trained(
         ticket = found.ticket(budget)
     else:
         ticket = found.path.ticket(
-            density=budget, order="weight", model=found.model, example_inputs=example
+            density=budget, order="dual", model=found.model, example_inputs=example
         )
     once = at_once(task, found.model, ticket, reported=job.reported)
     net = compact(found.model, ticket, example_inputs=example).model

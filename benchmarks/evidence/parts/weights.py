@@ -197,5 +197,5 @@ def run(job: Job, bench: Bench) -> Iterator[dict[str, Any]]:
         return per_density(job, bench, setting)
     if job.method in ("linbreg", "adabreg"):
         # Their learning rates are not those of SGD, which trains their tickets.
-        setting |= {"tail_lr": bench.chosen("a", "sgd")["lr"]}
+        setting = setting | {"tail_lr": bench.chosen("a", "sgd")["lr"]}
     return frontier(job, bench, SEARCHES[job.method], setting)
