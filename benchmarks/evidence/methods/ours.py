@@ -78,7 +78,6 @@ def search(
     order: str = "weight",
     lam: float | None = None,
     tighten: tuple[float, float] | None = None,
-    block_scale: str = "unit",
 ) -> Searched:
     """Train W and Gamma over a stage, lambda found on the way.
 
@@ -98,13 +97,12 @@ def search(
         freeze: Share of the path time after which lambda is constant.
         order: Of tickets.
         lam: Constant, in place of density control.
-        block_scale: "unit", or "sqrt" for units of different sizes.
         tighten: From and until which share of the stage nested tickets are enforced on the way,
             along the cubic curve of gradual pruning; what has left the support early stays out.
     """
     optimizer = optimizer_for(groups, base, lr / kappa if base == "sgd" else lr, decay)
     for group in optimizer.param_groups:
-        group["kappa"], group["block_scale"] = kappa, block_scale
+        group["kappa"] = kappa
         if lam is not None:
             group["lam"] = lam
     scheduler = stage.scheduler(optimizer)

@@ -49,29 +49,34 @@ def unit_scores(
     return block_scores(optimizer)["weight"], dict(path.specs), dict(path.units)
 
 
-def per_root_size(
-    norms: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], units: Mapping[str, str | None]
-) -> dict[str, Tensor]:
-    """Return the norms of units divided by the root of how many weights a unit has."""
-    sizes: dict[str, int] = {}
-    for name, spec in specs.items():
-        unit = units[name] or name
-        sizes[unit] = sizes.get(unit, 0) + spec.block_size
-    return {name: values / sizes[units[name] or name] ** 0.5 for name, values in norms.items()}
+def usual(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean norm of a layer's units; at the initialisation it tells the layer's scale."""
+    return {name: float(norms.mean()) for name, norms in unit_scores(groups)[0].items()}
+
+
+def relative(norms: Mapping[str, Tensor], scale: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return the norms of units by the scale of their layer."""
+    return {name: values / scale[name] for name, values in norms.items()}
+
+
+def scaled(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups with lambdas in proportion to the scales of their layers."""
+    scale = usual(groups)
+    return [
+        group | {"lam": scale[group["params"][0][0]]} if group.get("structure") else group
+        for group in groups
+    ]
 
 
 def by_scores(
     task: Task,
     model: nn.Module,
     groups: Sequence[Mapping[str, Any]],
-    scores: Mapping[str, Tensor] | None = None,
+    scores: Mapping[str, Tensor],
 ) -> Cut:
-    """Return the cut that removes the units with the smallest scores, over all layers.
-
-    Without scores: the norm over the root of the unit's size, as units are of very different sizes.
-    """
-    norms, specs, units = unit_scores(groups)
-    keys = [per_root_size(norms, specs, units) if scores is None else scores]
+    """Return the cut that removes the units with the smallest scores, over all layers."""
+    _, specs, units = unit_scores(groups)
+    keys = [scores]
     family = Family(keys, specs, units, model=model, example_inputs=task.example())
 
     def cut(share: float) -> nn.Module:
@@ -83,9 +88,9 @@ def by_scores(
 
 def search_ours(task: Task, stage: Stage, seed: int, setting: dict[str, Any]) -> Cuttable:
     model = task.model(seed)
-    options = {"decay": DECAY, "density": AIM, "block_scale": "sqrt"} | setting
+    options = {"decay": DECAY, "density": AIM} | setting
     found: Searched = ours.search(
-        task, model, filter_groups(task, model), stage, seed=seed, **options
+        task, model, scaled(filter_groups(task, model)), stage, seed=seed, **options
     )
     cut = by_path(task, model, found)
     return Cuttable(model, cut, found.spent, found.facts)
@@ -105,7 +110,7 @@ def search_lasso(task: Task, stage: Stage, seed: int, setting: dict[str, Any]) -
     """Proximal SGD with group lasso; strength 0 is plain SGD with the units' norms."""
     model = task.model(seed)
     groups = filter_groups(task, model)
-    units = group_lasso.units_in(groups)
+    units, scale = group_lasso.units_in(groups), usual(groups)
     optimizer = sgd(model, setting["lr"], weight_decay=setting.get("decay", DECAY))
     strength = setting.get("strength", 0.0)
 
@@ -115,7 +120,7 @@ def search_lasso(task: Task, stage: Stage, seed: int, setting: dict[str, Any]) -
 
     spent = fit(task, model, optimizer, stage, seed=seed, after=after)
     zeros = torch.cat([group_lasso.norms(unit) == 0 for unit in units]).float().mean()
-    cut = by_scores(task, model, groups)
+    cut = by_scores(task, model, groups, relative(unit_scores(groups)[0], scale))
     return Cuttable(model, cut, spent, {"zero_units": float(zeros)})
 
 

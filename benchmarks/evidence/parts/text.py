@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.evidence.bench import Bench, Job, line_of
 from benchmarks.evidence.methods import ours
-from benchmarks.evidence.parts.filters import per_root_size, unit_scores
+from benchmarks.evidence.parts.filters import relative, scaled, unit_scores, usual
 from benchmarks.evidence.settings import Setting
 from benchmarks.evidence.tasks import Task
 from benchmarks.evidence.training import Searched, Stage, at_once, fit, judged
@@ -41,19 +41,19 @@ def search(task: Task, job: Job, stage: Stage, setting: Setting) -> Searched:
         return ours.search(
             task,
             model,
-            groups,
+            scaled(groups),
             stage,
             seed=job.seed,
             density=AIM,
             base="adamw",
             decay=DECAY,
-            block_scale="sqrt",
             **setting,
         )
+    scale = usual(groups)
     optimizer = AdamW(model.parameters(), lr=setting["lr"], weight_decay=setting["decay"])
     spent = fit(task, model, optimizer, stage, seed=job.seed)
     scores, specs, units = unit_scores(groups)
-    keys = [per_root_size(scores, specs, units)]
+    keys = [relative(scores, scale)]
     family = Family(keys, specs, units, model=model, example_inputs=task.example())
     return Searched(model, lambda d: family.choose("density", d).ticket, spent)
 
