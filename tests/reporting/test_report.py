@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 from dessilbi import Path
 from dessilbi.cli import app
 from dessilbi.drawing import Drawer, Wish
-from dessilbi.reporting import plots
+from dessilbi.reporting import palette, plots
 from dessilbi.reporting.comparison import growth_charts, macs_chart
 from dessilbi.reporting.evidence import evidence_of, labels_of
 from dessilbi.reporting.frames import MOST, frames_of
 from dessilbi.reporting.page import Report, hash_of, report_of
+from dessilbi.reporting.scales import of_accuracy
 from dessilbi.reporting.sections import figures_of
 from dessilbi.reporting.svg import to_svg
 from dessilbi.runs import Run, status_of
@@ -454,3 +455,40 @@ def test_a_folder_that_is_no_run_is_refused_in_one_sentence(tmp_path):
 
 def test_where_data_lay_is_not_on_the_page(tmp_path):
     assert "somebody" not in page_of(handmade(tmp_path / "run"))[0]
+
+
+def luminance(colour):
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, two):
+    low, high = sorted(luminance([v / 255 for v in palette.rgb(c)]) for c in (one, two))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_texts_and_curves_stand_out_from_their_ground_in_both_themes(theme):
+    tones = {name: getattr(tone, theme) for name, tone in palette.TONES.items()}
+    for ground in (tones["ground"], tones["page"]):
+        assert all(contrast(tones[name], ground) >= 4.5 for name in ("ink", "soft", "ticket"))
+        assert all(contrast(tones[name], ground) >= 3 for name in palette.SERIES)
+    assert len({tones[name] for name in palette.SERIES}) == len(palette.SERIES)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0.1, 0.5, 0.7], "linear"),
+        ([0.1, 0.97, 0.99], "error"),
+        ([0.9, 1.0], "linear"),
+        ([], "linear"),
+    ],
+)
+def test_accuracies_near_one_are_told_apart_and_one_itself_has_a_place(values, kind):
+    scale = of_accuracy(values)
+    assert scale.kind == kind
+    places = [scale.place(value) for value in values]
+    assert all(0 <= place <= 1 for place in places)
+    assert places == sorted(set(places))
+    assert len(scale.ticks()) >= 3
