@@ -11,6 +11,7 @@ SRC = Path(__file__).parents[1] / "src" / "dessilbi"
 # From the ground up. A package stands for all of its files, which may import each other.
 ORDER = [
     "storage",  # durable files, no torch
+    "columns",  # names, curves and paragraphs in 80 columns, no torch
     "sealing",  # the checksums of a run folder, no torch
     "tensorfiles",  # tensors in a file
     "naming",  # canonical parameter names
@@ -85,7 +86,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-NO_TORCH_AT_IMPORT = {"storage", "sealing", "runs", "cli", "__main__", "__init__"}
+NO_TORCH_AT_IMPORT = {"storage", "columns", "sealing", "runs", "cli", "__main__", "__init__"}
 
 
 def module_of(path: Path) -> str:

@@ -68,8 +68,8 @@ def maximise(
 
     so x is a running mean of normalised gradients: its root mean square stays at or below 1, that
     of normalised data (this is the usual L2 penalty), and the second line is a step down the
-    squared total variation, shorter and shorter towards the end. Where the layer is linear in x and
-    neither shift nor smoothing acts, x tends to the gradient itself: the filter, up to scale.
+    squared total variation, shorter and shorter towards the end. Where the layer is linear in x
+    and neither shift nor smoothing acts, x tends to the gradient itself: the filter, up to scale.
 
     Args:
         model: The model; it is put into eval mode meanwhile and stays unchanged.

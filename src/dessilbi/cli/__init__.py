@@ -20,7 +20,7 @@ from dessilbi.cli.retraining import prune_curve, retrain
 from dessilbi.cli.seeing import filters
 from dessilbi.cli.tour import demo
 from dessilbi.cli.training import recipes, train
-from dessilbi.reporting.fitting import SPELLED
+from dessilbi.columns import SPELLED
 
 COMMANDS = (
     demo,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dessilbi.cli.terminal import DataOption, SetOption, data_root, guarded
-from dessilbi.reporting.fitting import paragraph
+from dessilbi.columns import paragraph
 
 
 @guarded
@@ -29,4 +29,4 @@ def doctor(
 
         told = examine(load_recipe(recipe, assignments or ()), data_root(data))
     for name, value in told:
-        typer.echo(paragraph(value, f"{name:12} ", indent=13))
+        typer.echo(paragraph(value, f"{name:16} "))

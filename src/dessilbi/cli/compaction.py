@@ -19,7 +19,6 @@ from dessilbi.cli.terminal import (
     print_json,
 )
 from dessilbi.cli.verification import verify_run
-from dessilbi.reporting.fitting import paragraph
 from dessilbi.runs import Run, free_path
 from dessilbi.storage import to_json
 
@@ -51,6 +50,7 @@ def compact(
         raise fail("give exactly one of --density and --ticket", 2)
     if density is not None and not 0 < density <= 1:
         raise fail(f"--density {density} is not allowed: it must be in (0, 1]", 2)
+    from dessilbi.reporting.tables import proof_text
     from dessilbi.shrinking import save_shrunk, shrink
     from dessilbi.training.finetune import load_trained
 
@@ -63,8 +63,7 @@ def compact(
         return
     closed = shrunk.compacted.closed
     typer.echo(f"density {chosen.density:.4g}, closed {closed.density:.4g}")
-    for line in str(shrunk.compacted.proof).splitlines():
-        typer.echo(paragraph(line, indent=2))
+    typer.echo(proof_text(shrunk.compacted.proof))
     typer.echo(
         f"accuracy {shrunk.accuracy_before:.4f} masked, {shrunk.accuracy_after:.4f} compact; "
         f"{shrunk.same} of {shrunk.total} predictions identical"

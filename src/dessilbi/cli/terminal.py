@@ -18,7 +18,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 from rich.console import Console
 
-from dessilbi.reporting.fitting import WIDTH, printable
+from dessilbi.columns import WIDTH, printable
 from dessilbi.runs import TrainingError
 from dessilbi.storage import to_json
 from dessilbi.training.recipes import RecipeError

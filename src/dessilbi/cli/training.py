@@ -22,7 +22,7 @@ from dessilbi.cli.terminal import (
     print_json,
     speaks,
 )
-from dessilbi.reporting.fitting import paragraph
+from dessilbi.columns import paragraph
 from dessilbi.runs import Run
 from dessilbi.training.recipes import (
     RecipeError,

@@ -6,7 +6,7 @@ from pathlib import Path as FilePath
 import typer
 
 from dessilbi.cli.terminal import print_json
-from dessilbi.reporting.fitting import paragraph, printable
+from dessilbi.columns import paragraph, printable
 
 WIDEST = 44  # columns for the names of files
 

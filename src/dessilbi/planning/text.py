@@ -4,11 +4,13 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
-from textwrap import wrap
 from typing import TypeVar
 
+from rich.cells import cell_len
+
+from dessilbi.columns import WIDTH, paragraph, printable
+
 T = TypeVar("T")
-WIDTH = 80
 
 
 def families(values: Iterable[T], key: Callable[[T], object]) -> list[list[T]]:
@@ -74,18 +76,15 @@ def listed(names: Sequence[str], label: str = "") -> list[str]:
 
 def indented(text: str, by: int) -> list[str]:
     """Return ``text`` in lines of at most 80 columns; further lines are indented by 2 more."""
-    first, further = " " * by, " " * (by + 2)
-    return wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=further, break_on_hyphens=False
-    )
+    return paragraph(text, " " * by, indent=by + 2).split("\n")
 
 
 def row(text: str, cells: Sequence[str], widths: Sequence[int]) -> list[str]:
     """Return a row of a table; a text too long for its column gets lines of its own."""
     right = "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-    room = WIDTH - len(right)
-    if len(text) < room:
-        return [text.ljust(room) + right]
+    room, text = WIDTH - len(right), printable(text)
+    if cell_len(text) < room:
+        return [text + " " * (room - cell_len(text)) + right]
     return [*indented(text, 0), " " * room + right]
 
 

@@ -167,13 +167,15 @@ def _summary(plan: Plan) -> list[str]:
     macs = percent(plan.removable_macs / max(plan.macs, 1))
     structured = percent(plan.structured_parameters / parameters)
     lines = [
-        f"{plan.model}: {plan.parameters:,} parameters, {plan.macs:,} MACs per sample",
+        *indented(
+            f"{plan.model}: {plan.parameters:,} parameters, {plan.macs:,} MACs per sample", 0
+        ),
         f"removable as whole units: {removable} % of the parameters, {macs} % of the MACs",
         f"with a structure: {structured} % of the parameters",
         "(a weight counts in the unit that it writes and in the one that it reads)",
     ]
     if not plan.removable_parameters:
-        lines.insert(1, "WARNING: nothing of it can be removed by training with these groups")
+        lines.insert(-3, "WARNING: nothing of it can be removed by training with these groups")
     return lines
 
 

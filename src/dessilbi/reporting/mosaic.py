@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dessilbi.columns import shortened
 from dessilbi.reporting.filters import Filter, Filters
-from dessilbi.reporting.fitting import shortened
 from dessilbi.reporting.palette import BLUE, GREY
 
 COLUMNS = 8, 12  # fewest, so that the titles have room, and most

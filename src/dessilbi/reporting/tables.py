@@ -7,9 +7,10 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from dessilbi.columns import WIDTH, paragraph, short_names, sparkline
 from dessilbi.drawing import Drawn
+from dessilbi.proving import Proof
 from dessilbi.reporting.filters import Filters
-from dessilbi.reporting.fitting import WIDTH, paragraph, short_names, sparkline
 from dessilbi.reporting.summary import Row, Summary, thinned
 from dessilbi.shrinking import Shipped, Shrunk
 from dessilbi.training.curve import CurvePoint
@@ -71,13 +72,13 @@ def _layers_of(rows: Sequence[Row]) -> dict[str, str]:
 
 def _curves(summary: Summary) -> Iterator[Any]:
     """How accuracies and densities went over the recorded points, a line for each."""
-    rows, judged = summary.rows, summary.judged
+    rows = summary.rows
     if len(rows) < 2:
         return
-    curves: dict[str, list[float | None]] = {
-        "accuracy of W": [row.accuracy for row in judged],
-        "accuracy of the ticket": [row.ticket_accuracy for row in judged],
-        "accuracy of Γ": [row.gamma_accuracy for row in judged],
+    curves: dict[str, Sequence[float | None]] = {
+        "accuracy of W": _held([row.accuracy for row in rows]),
+        "accuracy of the ticket": _held([row.ticket_accuracy for row in rows]),
+        "accuracy of Γ": _held([row.gamma_accuracy for row in rows]),
         "density of Γ": [row.density for row in rows],
     }
     layers = _layers_of(rows)
@@ -85,12 +86,22 @@ def _curves(summary: Summary) -> Iterator[Any]:
         curves[layers[name]] = [row.layers[name] for row in rows]
     table = _table("first", "last", words=("", "over all points"))
     for name, values in curves.items():
-        if len(values) > 1:
-            table.add_row(name, sparkline(values, CURVE), *map(percent, (values[0], values[-1])))
+        known = [value for value in values if value is not None]
+        if known:
+            table.add_row(name, sparkline(values, CURVE), *map(percent, (known[0], known[-1])))
     yield table
     if len(layers) > LAYERS:
         yield f"... and {len(layers) - LAYERS} more layers; --json has them all"
-    yield "each curve from its own lowest to its highest value, first and last in %\n"
+    yield "each curve from its own lowest to its highest value; first and last in %;"
+    yield "an accuracy stands until the next point that was judged\n"
+
+
+def _held(values: Sequence[float | None]) -> list[float | None]:
+    """Each value until the next that is known."""
+    held: list[float | None] = []
+    for value in values:
+        held.append(held[-1] if value is None and held else value)
+    return held
 
 
 def _cells(row: Row) -> list[str]:
@@ -136,6 +147,11 @@ def size_table(shrunk: Shrunk, files: Shipped | None, dense: float) -> Group:
         f"{proof.max_abs_diff:.2g}\n"
         f"the ticket was fine-tuned; the dense net has {percent(dense)} % accuracy\n",
     )
+
+
+def proof_text(proof: Proof) -> str:
+    """Return what a compaction did, in numbers and, below, in words."""
+    return "\n".join(paragraph(line, indent=2) for line in str(proof).splitlines())
 
 
 def family_table(members: Sequence[Drawn], order: str) -> Group:
@@ -222,7 +238,8 @@ def growth_table(rounds: Sequence[Mapping[str, Any]]) -> Group:
 def filter_table(found: Filters) -> Group:
     """Return the filters of a layer that entered first, and how much each answers to its image."""
     by = "step" if any(each.epoch is None for each in found.entered) else "epoch"
-    table = _table("filter", by, *(["on noise", "on its image"] if found.filters[0].after else []))
+    answers_of = ("on noise", "on its image") if found.kind == "maximised" else ()
+    table = _table("filter", by, *answers_of)
     shown = found.entered[:ROWS]
     for each in shown:
         moment = str(each.step) if each.epoch is None else f"{each.epoch:.1f}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fitting: names, curves and paragraphs in the columns that a terminal has (no torch here)."""
+"""Columns: names, curves and paragraphs in the width that a terminal has (no torch here)."""
 
 import codecs
 import math
@@ -123,8 +123,12 @@ def paragraph(text: str, label: str = "", *, indent: int | None = None) -> str:
     told: word word word word word word word word word word word word word word word
           word word
     """
-    indent = cell_len(label) if indent is None else indent
-    room = WIDTH - max(indent, cell_len(label))
-    lines = Text(printable(text)).wrap(Console(width=WIDTH), room)
-    first, *others = [line.plain.rstrip() for line in lines] or [""]
-    return "\n".join([(label + first).rstrip(), *(" " * indent + line for line in others)])
+    indent, text = cell_len(label) if indent is None else indent, printable(text)
+    first = _lines(text, WIDTH - cell_len(label))[0]
+    others = _lines(text[len(first) :].strip(), WIDTH - indent) if first != text else []
+    lines = [label + first, *(" " * indent + line for line in others)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _lines(text: str, width: int) -> list[str]:
+    return [line.plain for line in Text(text).wrap(Console(width=WIDTH), width)] or [""]
