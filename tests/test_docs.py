@@ -2,10 +2,14 @@
 """What the documents show works, and what they point to exists."""
 
 import re
+from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
+
+from dessilbi.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -59,3 +63,27 @@ def test_the_readme_names_the_commands_of_the_makefile():
     for target in ("demo", "check", "test", "test-full"):
         assert f"make {target}" in readme
         assert re.search(rf"^{target}:", makefile, re.M)
+
+
+def test_the_page_of_commands_is_what_they_say_of_themselves():
+    pinned = re.search(r"^typer==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
+    if pinned is None or pinned.group(1) != version("typer"):
+        pytest.skip("another typer words its help in another way")
+    spec = spec_from_file_location("write_commands", ROOT / "docs" / "write_commands.py")
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    told = script.page()
+    assert told == script.PAGE.read_text(encoding="utf-8"), "run: python docs/write_commands.py"
+    for name in ("train", "path", "filters", "recipes show"):
+        assert f"### dessilbi {name}\n" in told
+
+
+def test_the_readme_shows_commands_that_exist():
+    shown = re.findall(r"^    dessilbi ([a-z-]+)", (ROOT / "README.md").read_text(), re.M)
+    assert len(shown) > 8
+    known = {name.replace("_", "-") for part in COMMANDS.values() for name in map(name_of, part)}
+    assert set(shown) <= known | {"recipes"}
+
+
+def name_of(command):
+    return command.__name__

@@ -242,7 +242,7 @@ def test_inputs_that_are_no_images_are_refused_in_one_sentence(tmp_path):
 
 
 def test_without_matplotlib_nothing_is_computed_and_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(filters_module, "maximise", None)
     result = call("filters", shared_run().folder, "--layer", "conv1")
     assert_failed(result, 1, "pip install matplotlib")

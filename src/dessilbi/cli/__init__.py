@@ -22,22 +22,13 @@ from dessilbi.cli.tour import demo
 from dessilbi.cli.training import recipes, train
 from dessilbi.columns import SPELLED
 
-COMMANDS = (
-    demo,
-    plan,
-    train,
-    grow,
-    path,
-    report,
-    ticket,
-    retrain,
-    prune_curve,
-    filters,
-    compact,
-    export,
-    verify,
-    doctor,
-)
+COMMANDS = {
+    "Begin": (demo, doctor, plan),
+    "Train": (train, grow),
+    "See": (path, report, filters, prune_curve),
+    "Choose and train again": (ticket, retrain),
+    "Ship": (compact, export, verify),
+}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,9 +36,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a network once and hold the whole family of its sparse models.",
 )
-for command in COMMANDS:
-    app.command()(command)
-app.add_typer(recipes, name="recipes")
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(recipes, name="recipes", rich_help_panel="Begin")
 
 
 def _version(wanted: bool) -> None:

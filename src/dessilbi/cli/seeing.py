@@ -51,9 +51,10 @@ def filters(
 
     draws = out is not None or not as_json
     if draws:
-        from dessilbi.reporting.mosaic import check_drawable, save_mosaic
+        from dessilbi.reporting.mosaic import save_mosaic
+        from dessilbi.reporting.plots import check_matplotlib
 
-        check_drawable()
+        check_matplotlib()  # before anything is computed
     found = filters_of(
         *(run, layer),
         weights=weights,
@@ -63,7 +64,8 @@ def filters(
         data_root=data_root(data),
     )
     if draws:
-        file = out or _figure_file(Run(run), f"filters-{found.layer}{'-weights' * weights}")
+        name = found.layer.replace("/", "-")
+        file = out or _figure_file(Run(run), f"filters-{name}{'-weights' * weights}")
         save_mosaic(found, file)
     if as_json:
         print_json({**found.to_json(), "file": str(file) if draws else None})

@@ -11,6 +11,7 @@ from torch import Tensor
 from dessilbi.columns import shortened
 from dessilbi.reporting.filters import Filter, Filters
 from dessilbi.reporting.palette import BLUE, GREY
+from dessilbi.reporting.plots import check_matplotlib
 
 COLUMNS = 8, 12  # fewest, so that the titles have room, and most
 INCH = 0.95  # of one image with its label
@@ -18,16 +19,6 @@ CAPTION = {
     "maximised": "what each answers to most",
     "weights": "weights",
 }
-
-
-def check_drawable() -> None:
-    """Raise an ImportError of one sentence where figures cannot be drawn."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            "figures need matplotlib, which is not installed: pip install matplotlib"
-        ) from None
 
 
 def save_mosaic(filters: Filters, file: str | FilePath) -> None:
@@ -42,7 +33,7 @@ def save_mosaic(filters: Filters, file: str | FilePath) -> None:
         ValueError: The ending is not a known format, or the images are none.
         OSError: The file cannot be written.
     """
-    check_drawable()
+    check_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
