@@ -15,8 +15,8 @@ HEAD = """# Commands
 
 What `dessilbi --help` and `dessilbi COMMAND --help` say, on one page, after a few examples. Errors
 are one sentence on standard error; exit codes: 0 done, 1 failed, 2 bad usage, 130 and 143
-interrupted. `--json` prints strict JSON and nothing else. Tables fit 80 columns; there is colour on a
-terminal alone, and none where `NO_COLOR` is set. This page is written by
+interrupted. `--json` prints strict JSON and nothing else. Tables fit 80 columns; there is colour on
+a terminal alone, and none where `NO_COLOR` is set. This page is written by
 [write_commands.py](write_commands.py).
 
 ## Examples

@@ -5,6 +5,7 @@ To renew them after a change that is meant: DESSILBI_RENEW_GOLDEN=1 pytest tests
 then read what `git diff tests/golden` shows, and say in the commit why it moved.
 """
 
+import difflib
 import os
 from pathlib import Path
 
@@ -17,4 +18,8 @@ def assert_golden(name, text):
     if os.environ.get("DESSILBI_RENEW_GOLDEN"):
         file.write_text(text, encoding="utf-8")
     assert file.is_file(), f"{file} is missing: run with DESSILBI_RENEW_GOLDEN=1"
-    assert text == file.read_text(encoding="utf-8")
+    wanted = file.read_text(encoding="utf-8")
+    moved = difflib.unified_diff(
+        wanted.splitlines(), text.splitlines(), str(file), "now", "", "", 1
+    )
+    assert text == wanted, "\n".join(["DESSILBI_RENEW_GOLDEN=1 renews, if it is meant:", *moved])
