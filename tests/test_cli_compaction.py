@@ -217,7 +217,7 @@ def test_verify_exits_with_1_when_the_proof_does_not_hold(own):
 def test_verify_says_what_kind_of_folder_it_cannot_check(tmp_path):
     refused = call("verify", shared_run().folder, "--run", shared_run().folder)
     assert_failed(refused, 2, "is a run folder itself")
-    assert_failed(call("verify", tmp_path), 1, "not a saved compact model")
+    assert_failed(call("verify", tmp_path), 1, "neither a run folder nor a smaller model")
 
 
 # export

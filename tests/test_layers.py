@@ -12,6 +12,7 @@ SRC = Path(__file__).parents[1] / "src" / "dessilbi"
 ORDER = [
     "storage",  # durable files, no torch
     "columns",  # names, curves and paragraphs in 80 columns, no torch
+    "folders",  # what kind of folder something is, no torch
     "sealing",  # the checksums of a run folder, no torch
     "tensorfiles",  # tensors in a file
     "naming",  # canonical parameter names
@@ -86,7 +87,16 @@ ORDER = [
     "cli",
     "__main__",
 ]
-NO_TORCH_AT_IMPORT = {"storage", "columns", "sealing", "runs", "cli", "__main__", "__init__"}
+NO_TORCH_AT_IMPORT = {
+    "storage",
+    "columns",
+    "folders",
+    "sealing",
+    "runs",
+    "cli",
+    "__main__",
+    "__init__",
+}
 
 
 def module_of(path: Path) -> str:

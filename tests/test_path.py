@@ -591,7 +591,7 @@ def test_the_scores_of_another_run_are_refused(tmp_path):
 
 
 def test_a_folder_without_a_path_is_not_a_run_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no path\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"with a path: it has no path\.jsonl"):
         Path.load(tmp_path)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import Literal
 
+from dessilbi.folders import STUDY
 from dessilbi.history import History
 from dessilbi.manifest import FILES, read_manifest
 from dessilbi.manifest import NAME as MANIFEST
@@ -67,7 +68,7 @@ def _inner_runs(place: FilePath) -> list[FilePath]:
     if place.is_symlink() or not place.is_dir():
         return []
     inside = sorted(f for f in place.iterdir() if f.is_dir() and not f.is_symlink())
-    studies = [f for f in inside if (f / "study.json").is_file()]
+    studies = [f for f in inside if (f / STUDY).is_file()]
     inside += [run for study in studies for run in _inner_runs(study)]
     return [f for f in inside if Run(f).recipe.exists() or Run(f).checksums.exists()]
 

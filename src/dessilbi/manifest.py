@@ -17,12 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dessilbi.blueprint import Blueprint, Form, Size
 from dessilbi.cutting import Cut
+from dessilbi.folders import MANIFEST, kind_of
 from dessilbi.inputs import FixedInput, Input, TensorInput
 from dessilbi.storage import DamagedFileError, sha256_of, to_json, told_by, write_atomic
 
 FORMAT = "dessilbi.compact"
 VERSION = 1
-NAME = "manifest.json"
+NAME = MANIFEST
 FileName = Literal["weights.safetensors", "witness.safetensors", "ticket.safetensors"]
 FILES: tuple[FileName, ...] = get_args(FileName)
 WEIGHTS, WITNESS, TICKET = FILES
@@ -229,7 +230,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = folder / NAME
     if not path.exists():
         raise FileNotFoundError(
-            f"{folder} is not a saved compact model: it has no {NAME}; name a folder that "
+            f"{folder} is not a saved compact model: {kind_of(folder, NAME)}; name a folder that "
             f"save_compact or `dessilbi compact` has written"
         )
     _check_plain(path)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from dessilbi import dual
 from dessilbi.choosing import QUANTITIES, Family
+from dessilbi.folders import kind_of
 from dessilbi.forecast import entry_times
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.hints import EntryHint
@@ -120,10 +121,8 @@ class Path:
         """
         run = Run(FilePath(folder))
         if not run.path.is_file():
-            raise FileNotFoundError(
-                f"{folder} is not a run folder: it has no {run.path.name}; name a folder that "
-                f"`dessilbi train` has written"
-            )
+            told = f"{folder} is not a run folder with a path: {kind_of(folder, run.path.name)}"
+            raise FileNotFoundError(f"{told}; name a folder that `dessilbi train` has written")
         check_sealed(run.path, run.scores)
         path = cls.__new__(cls)
         path._history = History.load(run.path, largest=largest or max(BELIEVED, run.weight_bytes))
@@ -321,14 +320,14 @@ class Path:
         limits = (density, params, macs, bytes)
         given = {q: limit for q, limit in zip(QUANTITIES, limits, strict=True) if limit is not None}
         if len(given) + (step is not None) != 1:
-            raise ValueError(
-                "give exactly one of density, step, params, macs and bytes to path.ticket"
-            )
+            names = "density, step, params, macs and bytes"
+            raise ValueError(f"give exactly one of {names} to path.ticket")
         if (model is None) != (example_inputs is None):
             raise ValueError("give model and example_inputs together to path.ticket, or neither")
         if step is not None:
             self._check_begun(step)
-            masks = {n: (e != NEVER) & (e <= step) for n, e in self._history.entries.items()}
+            last = min(step, self.step)  # no tensor of steps holds every number
+            masks = {n: (e != NEVER) & (e <= last) for n, e in self._history.entries.items()}
             return Ticket(masks, self._history.specs, {"kind": "entered", "step": step})
         if model is not None and example_inputs is not None:
             family = self.family(model, example_inputs=example_inputs, order=order)

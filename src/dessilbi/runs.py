@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import IO, Any
 
+from dessilbi.folders import PATH, RECIPE, kind_of
 from dessilbi.sealing import NAME as CHECKSUMS
 from dessilbi.sealing import check_sealed, read_sealed, sealed
 from dessilbi.storage import (
@@ -50,7 +51,7 @@ class Run:
     @property
     def recipe(self) -> FilePath:
         """The complete recipe the run was trained with (JSON)."""
-        return self.folder / "recipe.json"
+        return self.folder / RECIPE
 
     @property
     def environment(self) -> FilePath:
@@ -115,7 +116,7 @@ class Run:
     @property
     def path(self) -> FilePath:
         """The recorded path (JSON lines)."""
-        return self.folder / "path.jsonl"
+        return self.folder / PATH
 
     @property
     def scores(self) -> FilePath:
@@ -198,7 +199,7 @@ class Run:
         """
         if not self.recipe.is_file():
             raise FileNotFoundError(
-                f"{self.folder} is not a run folder: it has no {self.recipe.name}; "
+                f"{self.folder} is not a run folder: {kind_of(self.folder, self.recipe.name)}; "
                 f"name a folder that `dessilbi train` has written"
             )
         check_sealed(self.recipe)

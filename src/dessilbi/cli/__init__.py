@@ -20,6 +20,7 @@ from dessilbi.cli.retraining import prune_curve, retrain
 from dessilbi.cli.seeing import filters
 from dessilbi.cli.tour import demo
 from dessilbi.cli.training import recipes, train
+from dessilbi.cli.usage import Commands
 from dessilbi.columns import SPELLED
 
 COMMANDS = {
@@ -31,6 +32,7 @@ COMMANDS = {
 }
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

@@ -19,6 +19,7 @@ from dessilbi.cli.terminal import (
     print_json,
 )
 from dessilbi.cli.verification import verify_run
+from dessilbi.folders import MANIFEST, kind_of
 from dessilbi.runs import Run, free_path
 from dessilbi.storage import to_json
 
@@ -122,6 +123,11 @@ def verify(
             raise fail(f"{folder} is a run folder itself: leave out --run", 2)
         verify_run(folder, as_json=as_json)
         return
+    if not (folder / MANIFEST).exists():
+        raise FileNotFoundError(
+            f"{folder} is neither a run folder nor a smaller model: {kind_of(folder, MANIFEST)}; "
+            f"name a folder that `dessilbi train` or `dessilbi compact` has written"
+        )
     from dessilbi.saving import open_compact
 
     opened = open_compact(None, folder)

@@ -11,6 +11,8 @@ from dessilbi.cli.terminal import (
     DataOption,
     JsonOption,
     RunArgument,
+    check_ending,
+    check_new,
     console,
     data_root,
     fail,
@@ -42,6 +44,9 @@ def path(
     as_json: JsonOption = False,
 ) -> None:
     """Show the path of a run: accuracy against density, from simple to complex."""
+    if figure is not None:
+        check_ending(figure)
+        check_new(figure, "figure")
     from dessilbi.reporting.figures import save_path_figure
     from dessilbi.reporting.summary import summarise
     from dessilbi.reporting.tables import path_table
@@ -84,8 +89,8 @@ def ticket(
     as_json: JsonOption = False,
 ) -> None:
     """Take the member of the family that fits, ready to be compacted, as a ticket file."""
-    if out is not None and out.exists():
-        raise FileExistsError(f"{out} exists: a ticket is never overwritten; name another --out")
+    if out is not None:
+        check_new(out, "ticket")
     from dessilbi.drawing import BUDGETS, MOMENTS, Drawer, Wish
 
     values = (density, params, macs, size, latency_ms, max_drop, step, epoch, early)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dessilbi.cli.terminal import guarded
+from dessilbi.cli.terminal import check_new, guarded
 from dessilbi.runs import free_path
 from dessilbi.storage import write_atomic
 
@@ -35,8 +35,8 @@ def report(
     ] = FigureFormat.SVG,
 ) -> None:
     """Write one page to look at: the path, its models, accuracies, filters; several runs beside."""
-    if out is not None and out.exists():
-        raise FileExistsError(f"{out} exists: a page is never overwritten; name another --out")
+    if out is not None:
+        check_new(out, "page")
     from dessilbi.reporting.page import report_of
     from dessilbi.reporting.plots import check_matplotlib, save_figures
 

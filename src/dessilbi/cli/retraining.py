@@ -13,6 +13,7 @@ from dessilbi.cli.terminal import (
     DeviceOption,
     JsonOption,
     RunArgument,
+    check_new,
     console,
     data_root,
     fail,
@@ -124,8 +125,10 @@ def prune_curve(
     as_json: JsonOption = False,
 ) -> None:
     """Prune layers by 10 to 90 %, by first entry, magnitude and at random, and judge the rest."""
-    if out is not None and out.exists():
-        raise FileExistsError(f"{out} exists: a curve is never overwritten; name another --out")
+    if no_finetune and epochs is not None:
+        raise fail("--epochs are those of fine-tuning: leave it out, or --no-finetune", 2)
+    if out is not None:
+        check_new(out, "curve")
     from dessilbi.path import Path
     from dessilbi.reporting.tables import curve_table
     from dessilbi.training.curve import curve_of, names_of

@@ -10,15 +10,14 @@ from dessilbi.cli.terminal import (
     DataOption,
     JsonOption,
     RunArgument,
+    check_ending,
+    check_new,
     console,
     data_root,
-    fail,
     guarded,
     print_json,
 )
 from dessilbi.runs import Run, free_path
-
-ENDINGS = (".png", ".svg", ".pdf")
 
 
 @guarded
@@ -42,10 +41,9 @@ def filters(
     as_json: JsonOption = False,
 ) -> None:
     """Draw what each filter of a layer answers to most, in the order in which they entered."""
-    if out is not None and out.suffix not in ENDINGS:
-        raise fail(f"--out {out} is no image: name one that ends in {', '.join(ENDINGS)}", 2)
-    if out is not None and out.exists():
-        raise FileExistsError(f"{out} exists: a figure is never overwritten; name another --out")
+    if out is not None:
+        check_ending(out)
+        check_new(out, "figure")
     from dessilbi.reporting.filters import filters_of
     from dessilbi.reporting.tables import filter_table
 

@@ -25,6 +25,7 @@ from dessilbi.training.recipes import RecipeError
 
 P = ParamSpec("P")
 DATA_VARIABLE = "DESSILBI_DATA"
+IMAGES = (".png", ".svg", ".pdf")
 
 DataOption = Annotated[
     str | None,
@@ -120,6 +121,25 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise fail(error, 2 if isinstance(error, RecipeError) else 1) from None
 
     return run
+
+
+def check_new(file: FilePath, what: str) -> None:
+    """Refuse a place where nothing can be written, before any work is done.
+
+    Raises:
+        FileExistsError: Something is there.
+        FileNotFoundError: There is no folder to write it in.
+    """
+    if file.exists():
+        raise FileExistsError(f"{file} exists: a {what} is never overwritten; name another")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder for {file}: make it, or name another")
+
+
+def check_ending(file: FilePath) -> None:
+    """Refuse what is no image by its name, with the code of bad usage."""
+    if file.suffix not in IMAGES:
+        raise fail(f"{file} is no image: name one that ends in {', '.join(IMAGES)}", 2)
 
 
 def data_root(data: str | None) -> str | None:

@@ -383,6 +383,8 @@ def _read(name: str) -> dict[str, Any]:
         return _parse(path.read_text(encoding="utf-8", errors="replace"), name)
     if name not in recipe_names():
         known = ", ".join(recipe_names())
+        if name and Path(name).exists():
+            raise RecipeError(f"{name} is no recipe: name a file that ends in {SUFFIX}, or {known}")
         raise RecipeError(f"there is no recipe {name!r}; choose one of {known}, or a .toml file")
     return _parse((resources.files("dessilbi") / "recipes" / (name + SUFFIX)).read_text(), name)
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
+from dessilbi.folders import STUDY, kind_of
 from dessilbi.runs import Run
 from dessilbi.storage import DamagedFileError, as_json, new_folder, read_json, write_json
 from dessilbi.ticket import Ticket
@@ -20,7 +21,7 @@ from dessilbi.training.progress import Reporter
 from dessilbi.training.retraining import Mode, Wish, data_for, retraining
 
 SCHEMA_VERSION = 1
-STUDY, TICKET, RESULTS = "study.json", "ticket.safetensors", "results.json"
+TICKET, RESULTS = "ticket.safetensors", "results.json"
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def open_study(folder: FilePath, *, data_root: str | None = None) -> Study:
     file = folder / STUDY
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder} is no folder of a retraining: it has no {STUDY}; name one that `dessilbi "
-            f"retrain` has made"
+            f"{folder} is no folder of a retraining: {kind_of(folder, STUDY)}; name one that "
+            f"`dessilbi retrain` has made"
         )
     told = read_json(file)
     try:
