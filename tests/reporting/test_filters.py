@@ -138,7 +138,7 @@ def test_a_model_of_text_is_one_sentence(tmp_path):
     [
         (["--layer", "conv4"], 1, ["no layer 'conv4'", "did you mean conv"]),
         (["--layer", "conv2", "--weights"], 1, ["weights of conv2 are no images"]),
-        (["--layer", "conv1", "--out", "x.docx"], 2, ["--out x.docx", ".png"]),
+        (["--layer", "conv1", "--out", "x.docx"], 2, ["x.docx is no image", ".png"]),
         (["--layer", "conv1", "--out", "mine.png"], 1, ["mine.png exists", "never overwritten"]),
         (["--layer", "conv1", "--weights", "--out", "no/x.png"], 1, ["no/x.png"]),
     ],
