@@ -68,7 +68,7 @@ def test_a_run_without_judged_points_is_refused(tmp_path):
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"pip install 'dessilbi\[figures\]'"):
         save_path_figure(summarise(shared_run().folder), tmp_path / "path.svg")
 
 

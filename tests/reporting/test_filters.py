@@ -245,7 +245,7 @@ def test_without_matplotlib_nothing_is_computed_and_the_error_says_what_to_insta
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(filters_module, "maximise", None)
     result = call("filters", shared_run().folder, "--layer", "conv1")
-    assert_failed(result, 1, "pip install matplotlib")
+    assert_failed(result, 1, "pip install 'dessilbi[figures]'")
 
 
 def test_weights_of_another_shape_than_the_path_are_a_damaged_run(monkeypatch):

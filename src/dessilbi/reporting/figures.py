@@ -6,6 +6,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from dessilbi.reporting.palette import BLUE, GREEN, GREY, ORANGE
+from dessilbi.reporting.plots import check_matplotlib
 from dessilbi.reporting.summary import Summary
 from dessilbi.runs import Run
 from dessilbi.sealing import read_sealed
@@ -24,12 +25,9 @@ def save_path_figure(summary: Summary, file: str | FilePath) -> None:
         ImportError: matplotlib is not installed.
         ValueError: The ending is not a known format, or the run has no judged points.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "figures need matplotlib, which is not installed: pip install matplotlib"
-        ) from None
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     rows = [row for row in summary.rows if row.epoch is not None]
     if not summary.judged:
         raise ValueError(f"{summary.folder} has no judged points to draw: let the run go on")

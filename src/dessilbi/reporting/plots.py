@@ -16,10 +16,7 @@ from dessilbi.storage import write_atomic
 
 Format = Literal["svg", "png"]
 ACROSS = 8  # filters in a row
-MISSING = (
-    "figures as PNG need matplotlib, which is not installed: pip install 'dessilbi[figures]', or "
-    "ask for --format svg"
-)
+MISSING = "pictures need matplotlib, which is not installed: pip install 'dessilbi[figures]'"
 
 
 def save_figures(
