@@ -50,7 +50,7 @@ def save_figures(
 def check_matplotlib() -> None:
     """Raise an ImportError of one sentence where matplotlib is not installed."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ImportError(MISSING) from None
 
