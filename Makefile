@@ -7,7 +7,7 @@ RUN ?= runs/demo
 MINUTES ?= 1000
 export UV_LINK_MODE ?= copy
 
-.PHONY: help demo check format test test-full evidence evidence-smoke clean
+.PHONY: help demo check format test test-full docs evidence evidence-smoke clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -48,5 +48,8 @@ evidence: .venv/dev  ## measure what is missing of docs/evidence.md (hours; DESS
 evidence-smoke: .venv/dev  ## the whole chain of it at a tiny size
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/evidence
 
+docs: .venv/dev  ## build the documents as a web site into site/
+	$(BIN)/python docs/making/site.py
+
 clean:  ## remove the virtual environment and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build site

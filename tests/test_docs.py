@@ -1,89 +1,166 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the documents show works, and what they point to exists."""
 
+import contextlib
+import importlib.util
+import io
 import re
-from importlib.metadata import version
-from importlib.util import module_from_spec, spec_from_file_location
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
-from dessilbi.cli import COMMANDS
+import dessilbi
+from dessilbi.cli import app
 
 ROOT = Path(__file__).parents[1]
+MAKING = ROOT / "docs" / "making"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.S | re.M)
+CODE = {page: BLOCK.findall(page.read_text()) for page in PAGES}
+COMMAND = re.compile(r"(?:^    (?:torchrun .*-m )?|`)dessilbi ([^`\n]+)", re.M)
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
+def named(page):
+    return str(page.relative_to(ROOT))
 
 
-CODE = [(page, code) for page in PAGES for code in blocks(page)]
-SHOWN = [
-    (page, code, output)
-    for page in PAGES
-    for code, output in re.findall(
-        r"^```python\n((?:(?!^```).)*?)^```\n\n```text\n(.*?)^```", page.read_text(), re.S | re.M
-    )
-]
-
-
-def test_there_is_code_to_run():
-    assert any(page.name == "README.md" for page, _ in CODE)
-    assert any(page.name == "units.md" for page, _, _ in SHOWN)
+def making(name):
+    """A script of docs/making as a module."""
+    spec = importlib.util.spec_from_file_location(f"making_{name}", MAKING / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # Lightning's call
-@pytest.mark.parametrize(
-    ("page", "code"), CODE, ids=lambda v: v.name if isinstance(v, Path) else ""
-)
-def test_code_blocks_run_as_they_stand(page, code):
-    torch.manual_seed(0)
-    exec(compile(code, str(page), "exec"), {})
+@pytest.mark.parametrize("page", [page for page in PAGES if CODE[page]], ids=named)
+def test_code_runs_as_it_stands_and_prints_what_is_shown(page):
+    names = {}  # the blocks of a page follow each other
+    for code, shown in CODE[page]:
+        torch.manual_seed(0)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, str(page), "exec"), names)
+        assert not shown or printed.getvalue() == shown
 
 
-@pytest.mark.parametrize(
-    ("page", "code", "output"), SHOWN, ids=lambda v: v.name if isinstance(v, Path) else ""
-)
-def test_text_after_code_is_what_the_code_prints(page, code, output, capsys):
-    exec(compile(code, str(page), "exec"), {})
-    assert capsys.readouterr().out == output
+def test_there_is_code_to_run_and_output_to_compare():
+    assert CODE[ROOT / "README.md"]
+    assert any(shown for _, shown in CODE[ROOT / "docs" / "units.md"])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_within_the_repository_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} points to {target}"
 
 
+def headings(page):
+    """Anchors of a page; those of the library's reference are its names."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    slugs = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", t).strip().lower()) for t in titles}
+    return slugs | set(re.findall(r"^::: (\S+)$", text, re.M))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_to_a_heading_find_it(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*\.md)#([^)\s]+)\)", page.read_text()):
+        if "://" not in target:
+            assert anchor in headings((page.parent / target).resolve()), f"{target}#{anchor}"
+
+
+def options_of(command):
+    return {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+
+
+def unknown_in(line):
+    """The first word of a command line that the command line does not know, or None."""
+    command, words = get_command(app), line.split("#")[0].split("|")[0].replace("[", " ").split()
+    while words and hasattr(command, "commands") and not words[0].startswith("-"):
+        if words[0].strip(".,;:)]") not in command.commands:
+            # a group may also be called by itself, as in "dessilbi recipes lists them"
+            return words[0] if command.name != "recipes" else None
+        command, words = command.commands[words[0].strip(".,;:)]")], words[1:]
+    known = {*options_of(command), "--help"}
+    given = [w.strip(".,;:)]").split("=")[0] for w in words if w.startswith("-") and len(w) > 1]
+    return next((option for option in given if option not in known), None)
+
+
+def commands_in(page):
+    return COMMAND.findall(page.read_text().replace("\\\n", " "))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands_in(p)], ids=named)
+def test_commands_and_options_shown_exist(page):
+    wrong = {line: unknown_in(line) for line in commands_in(page)}
+    assert not {line: word for line, word in wrong.items() if word is not None}
+
+
+def test_a_command_or_option_that_does_not_exist_is_found():
+    assert unknown_in("train mnist-lenet --data DIR") is None
+    assert unknown_in("trian mnist-lenet") == "trian"
+    assert unknown_in("train mnist-lenet --dat DIR") == "--dat"
+
+
 def test_the_readme_names_the_commands_of_the_makefile():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for target in ("demo", "check", "test", "test-full"):
+    for target in ("demo", "check", "test", "test-full", "docs"):
         assert f"make {target}" in readme
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
-def test_the_page_of_commands_is_what_they_say_of_themselves():
-    pinned = re.search(r"^typer==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
-    if pinned is None or pinned.group(1) != version("typer"):
-        pytest.skip("another typer words its help in another way")
-    spec = spec_from_file_location("write_commands", ROOT / "docs" / "write_commands.py")
-    script = module_from_spec(spec)
-    spec.loader.exec_module(script)
-    told = script.page()
-    assert told == script.PAGE.read_text(encoding="utf-8"), "run: python docs/write_commands.py"
-    for name in ("train", "path", "filters", "recipes show"):
-        assert f"### dessilbi {name}\n" in told
+def listed(entries):
+    """The pages of a navigation, in order."""
+    for entry in entries:
+        for target in entry.values():
+            yield from [target] if isinstance(target, str) else listed(target)
 
 
-def test_the_readme_shows_commands_that_exist():
-    shown = re.findall(r"^    dessilbi ([a-z-]+)", (ROOT / "README.md").read_text(), re.M)
-    assert len(shown) > 8
-    known = {name.replace("_", "-") for part in COMMANDS.values() for name in map(name_of, part)}
-    assert set(shown) <= known | {"recipes"}
+def test_every_page_has_one_place_in_the_navigation():
+    navigation = making("navigation")
+    docs = ROOT / "docs"
+    places = [*listed(navigation.NAVIGATION), *listed(navigation.decisions(docs))]
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")}
+    pages = {page for page in pages if not page.startswith("results/")}
+    assert sorted(p for p in places if not p.startswith("project/")) == sorted(pages)
 
 
-def name_of(command):
-    return command.__name__
+def test_the_reference_has_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text()
+    names = set(dessilbi.__all__) - {"__version__"}
+    assert {f"dessilbi.{name}" for name in names} <= set(re.findall(r"^::: (\S+)$", text, re.M))
+
+
+def test_the_fields_of_recipes_are_those_of_today():
+    script = making("recipe_fields")
+    assert script.PAGE.read_text() == script.page()
+
+
+def test_the_order_of_files_is_that_of_today():
+    script = making("order")
+    assert script.PAGE.read_text() == script.page()
+
+
+def test_the_drawing_is_that_of_its_script():
+    script = making("drawing")
+    assert script.FILE.read_text(encoding="utf-8") == script.drawing()
+
+
+def test_examples_in_docstrings_become_code_and_references_words():
+    text = "Say :func:`~a.b.close` and ``x``.\n\n>>> 1 + 1\n2\n\nMore."
+    script = making("docstrings")
+    assert script.as_markdown(text) == (
+        "Say `close` and `x`.\n\n\n```pycon\n>>> 1 + 1\n2\n```\n\nMore."
+    )
+
+
+@pytest.mark.full
+def test_the_site_builds_without_a_warning():
+    done = subprocess.run([sys.executable, str(MAKING / "site.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (ROOT / "site" / "index.html").is_file()

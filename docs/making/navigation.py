@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of the site's pages. A test holds that every page of docs/ is in it."""
+
+from pathlib import Path
+
+NAVIGATION = [
+    {"Home": "index.md"},
+    {"Tutorial": "tutorial.md"},
+    {
+        "How to": [
+            {"Couple what hangs together": "units.md"},
+            {"Choose a density, or nu and lambda": "choosing.md"},
+            {"Let lambda be found": "density.md"},
+            {"Wrap another optimizer": "wrapping.md"},
+            {"Choose and train tickets": "tickets.md"},
+            {"Hold a smaller model": "compaction.md"},
+            {"Train on after compaction": "continuing.md"},
+            {"Grow": "growing.md"},
+            {"Train a recipe": "training.md"},
+            {"Stop, crash and resume": "resuming.md"},
+            {"Use many machines": "scaling.md"},
+            {"Come from the authors' code": "from-the-authors-code.md"},
+            {"Come from Torch-Pruning": "from-torch-pruning.md"},
+        ]
+    },
+    {
+        "Reference": [
+            {"Library": "api.md"},
+            {"Training from Python": "api-training.md"},
+            {"Recipes": "recipes.md"},
+            {"Fields of a recipe": "recipe-fields.md"},
+            {"Files": "formats.md"},
+        ]
+    },
+    {
+        "Background": [
+            {"Mathematics": "mathematics.md"},
+            {"Precision": "precision.md"},
+            {"What can go": "what-can-go.md"},
+            {"Results": "results.md"},
+            {"Early tickets": "tickets-evidence.md"},
+            {"Speed": "speed.md"},
+            {"Compaction of well-known models": "compaction-zoo.md"},
+            {"How the code is laid out": "architecture.md"},
+        ]
+    },
+    {"Caveats": "caveats.md"},
+    {
+        "Project": [
+            {"Security": "project/security.md"},
+            {"Changelog": "project/changelog.md"},
+        ]
+    },
+]
+
+
+def decisions(docs: Path) -> list[dict[str, str]]:
+    """Return the architecture decision records by title."""
+    pages = sorted((docs / "adr").glob("*.md"))
+    titles = [page.read_text().splitlines()[0].lstrip("# ") for page in pages]
+    return [{t: f"adr/{page.name}"} for t, page in zip(titles, pages, strict=True)]
