@@ -7,6 +7,7 @@ import io
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,9 @@ def named(page):
     return str(page.relative_to(ROOT))
 
 
-def making(name):
+def making(name, folder=MAKING):
     """A script of docs/making as a module."""
-    spec = importlib.util.spec_from_file_location(f"making_{name}", MAKING / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"making_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -82,6 +83,8 @@ def unknown_in(line):
     """The first word of a command line that the command line does not know, or None."""
     command, words = get_command(app), line.split("#")[0].split("|")[0].replace("[", " ").split()
     while words and hasattr(command, "commands") and not words[0].startswith("-"):
+        if words[0].isupper():  # "dessilbi COMMAND --help"
+            return None
         if words[0].strip(".,;:)]") not in command.commands:
             # a group may also be called by itself, as in "dessilbi recipes lists them"
             return words[0] if command.name != "recipes" else None
@@ -107,6 +110,17 @@ def test_a_command_or_option_that_does_not_exist_is_found():
     assert unknown_in("train mnist-lenet --dat DIR") == "--dat"
 
 
+def test_the_page_of_commands_is_what_they_say_of_themselves():
+    pinned = re.search(r"^typer==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
+    if pinned is None or pinned.group(1) != version("typer"):
+        pytest.skip("another typer words its help in another way")
+    script = making("write_commands", ROOT / "docs")
+    told = script.page()
+    assert told == script.PAGE.read_text(encoding="utf-8"), "run: python docs/write_commands.py"
+    for name in ("train", "path", "filters", "recipes show"):
+        assert f"### dessilbi {name}\n" in told
+
+
 def test_the_readme_names_the_commands_of_the_makefile():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
     for target in ("demo", "check", "test", "test-full", "docs"):
@@ -122,9 +136,8 @@ def listed(entries):
 
 
 def test_every_page_has_one_place_in_the_navigation():
-    navigation = making("navigation")
     docs = ROOT / "docs"
-    places = [*listed(navigation.NAVIGATION), *listed(navigation.decisions(docs))]
+    places = listed(making("navigation").navigation(docs))
     pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")}
     pages = {page for page in pages if not page.startswith("results/")}
     assert sorted(p for p in places if not p.startswith("project/")) == sorted(pages)

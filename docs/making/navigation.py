@@ -3,7 +3,8 @@
 
 from pathlib import Path
 
-NAVIGATION = [
+# A page that is named here and is not there is left out.
+ORDER: list[dict] = [
     {"Home": "index.md"},
     {"Tutorial": "tutorial.md"},
     {
@@ -19,6 +20,9 @@ NAVIGATION = [
             {"Train a recipe": "training.md"},
             {"Stop, crash and resume": "resuming.md"},
             {"Use many machines": "scaling.md"},
+            {"Transformers, Lightning, Hugging Face, timm": "integrations.md"},
+            {"Look at a run": "report.md"},
+            {"See what filters answer to": "filters.md"},
             {"Come from the authors' code": "from-the-authors-code.md"},
             {"Come from Torch-Pruning": "from-torch-pruning.md"},
         ]
@@ -27,6 +31,7 @@ NAVIGATION = [
         "Reference": [
             {"Library": "api.md"},
             {"Training from Python": "api-training.md"},
+            {"Commands": "commands.md"},
             {"Recipes": "recipes.md"},
             {"Fields of a recipe": "recipe-fields.md"},
             {"Files": "formats.md"},
@@ -38,6 +43,7 @@ NAVIGATION = [
             {"Precision": "precision.md"},
             {"What can go": "what-can-go.md"},
             {"Results": "results.md"},
+            {"Evidence": "evidence.md"},
             {"Early tickets": "tickets-evidence.md"},
             {"Speed": "speed.md"},
             {"Compaction of well-known models": "compaction-zoo.md"},
@@ -47,11 +53,27 @@ NAVIGATION = [
     {"Caveats": "caveats.md"},
     {
         "Project": [
+            {"Releasing": "releasing.md"},
             {"Security": "project/security.md"},
             {"Changelog": "project/changelog.md"},
         ]
     },
 ]
+
+
+def navigation(docs: Path) -> list[dict]:
+    """Return the pages that are there, in order, and the decision records."""
+    return [*_present(ORDER, docs), {"Decisions": decisions(docs)}]
+
+
+def _present(entries: list[dict], docs: Path) -> list[dict]:
+    found = []
+    for (title, target), *_ in (list(entry.items()) for entry in entries):
+        if isinstance(target, list):
+            found.append({title: _present(target, docs)})
+        elif target.startswith("project/") or (docs / target).is_file():
+            found.append({title: target})
+    return found
 
 
 def decisions(docs: Path) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import tomli_w
 
 sys.path.insert(0, str(Path(__file__).parent))
-from navigation import NAVIGATION, decisions
+from navigation import navigation
 
 ROOT = Path(__file__).parents[2]
 DOCS, PAGES = ROOT / "docs", ROOT / "build" / "pages"
@@ -59,7 +59,7 @@ def rewritten(text: str, source: Path, wanted: set[Path]) -> str:
 def stage() -> None:
     """Fill build/pages."""
     shutil.rmtree(PAGES, ignore_errors=True)
-    shutil.copytree(DOCS, PAGES, ignore=shutil.ignore_patterns("making"))
+    shutil.copytree(DOCS, PAGES, ignore=shutil.ignore_patterns("making", "*.py"))
     pages = sorted(DOCS.rglob("*.md")) + [ROOT / f"{name}.md" for name in ("CHANGELOG", "SECURITY")]
     wanted: set[Path] = set()
     while pages:
@@ -79,7 +79,7 @@ def stage() -> None:
 def settings() -> dict:
     """Return the generator's settings with the navigation in them."""
     told = tomllib.loads((DOCS / "making" / "zensical.toml").read_text())
-    told["project"]["nav"] = [*NAVIGATION, {"Decisions": decisions(DOCS)}]
+    told["project"]["nav"] = navigation(DOCS)
     options = told["project"]["plugins"]["mkdocstrings"]["handlers"]["python"]["options"]
     options["extensions"] = [str(DOCS / "making" / "docstrings.py")]
     return told
