@@ -40,9 +40,10 @@ def making(name, folder=MAKING):
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # Lightning's call
 @pytest.mark.parametrize("page", [page for page in PAGES if CODE[page]], ids=named)
 def test_code_runs_as_it_stands_and_prints_what_is_shown(page):
-    names = {}  # the blocks of a page follow each other
+    names, together = {}, "The blocks belong together" in page.read_text()
     for code, shown in CODE[page]:
         torch.manual_seed(0)
+        names = names if together else {}
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(code, str(page), "exec"), names)
         assert not shown or printed.getvalue() == shown

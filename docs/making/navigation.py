@@ -23,8 +23,8 @@ ORDER: list[dict] = [
             {"Transformers, Lightning, Hugging Face, timm": "integrations.md"},
             {"Look at a run": "report.md"},
             {"See what filters answer to": "filters.md"},
-            {"Come from the authors' code": "from-the-authors-code.md"},
-            {"Come from Torch-Pruning": "from-torch-pruning.md"},
+            {"From the authors' code": "from-the-authors-code.md"},
+            {"From Torch-Pruning": "from-torch-pruning.md"},
         ]
     },
     {
