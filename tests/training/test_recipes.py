@@ -133,6 +133,7 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
         ("seed=-1", "seed=-1 is not allowed"),
         ("name=../x", r"name='\.\./x' is not allowed"),
         ("optimizer.lr=0", "optimizer.lr=0 is not allowed: .* greater than 0"),
+        ("optimizer.momentum=1", "optimizer.momentum=1 is not allowed: .* less than 1"),
         ("optimizer.lr=inf", "optimizer.lr=inf is not allowed: .* finite"),
         ("optimizer.nu=-1", "optimizer.nu=-1 is not allowed"),
         ("optimizer.lam=0", "optimizer.lam=0 is not allowed"),

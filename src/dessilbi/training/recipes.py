@@ -24,6 +24,7 @@ from dessilbi.storage import told_by
 from dessilbi.training.growth_table import GrowRecipe
 from dessilbi.training.values import (
     Density,
+    Momentum,
     NonNegative,
     Points,
     Positive,
@@ -68,7 +69,7 @@ class OptimizerRecipe(_Part):
     R: Positive | None = None
     lam: Threshold = 1.0
     lam_filter: Threshold | None = None
-    momentum: NonNegative = 0.9
+    momentum: Momentum = 0.9
     dampening: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     weight_decay: NonNegative = 0.0
     nesterov: bool = False
@@ -122,7 +123,7 @@ class MovingRecipe(_Part):
 class MaskedTraining(_Part):
     """SGD on the living weights of a ticket; dead ones stay zero."""
 
-    momentum: NonNegative = 0.9
+    momentum: Momentum = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 0.0
 
