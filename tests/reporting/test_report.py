@@ -4,6 +4,7 @@
 import json
 import re
 import shutil
+import sys
 import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -410,8 +411,9 @@ def test_figures_as_png_are_pictures(tmp_path):
 
 
 def test_png_without_matplotlib_is_refused_in_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'dessilbi\[figures\]', or"):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install 'dessilbi\[figures\]'"):
         plots.save_figures({}, tmp_path / "figures", "png")
     assert not (tmp_path / "figures").exists()
 
