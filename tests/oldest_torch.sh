@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # The tests of the library on the oldest torch that pyproject.toml allows, in an environment of its
-# own (the first time a large download). Part of `make test-full`.
+# own (the first time a large download).
 set -e
 place=${1:-.venv-oldest}
 oldest=$(sed -n 's/^ *"torch>=\([0-9.]*\)",$/\1/p' pyproject.toml)

@@ -80,7 +80,7 @@ def save_compact(
     >>> with tempfile.TemporaryDirectory() as place:
     ...     folder = save_compact(small, place + "/small")
     ...     sorted(file.name for file in folder.iterdir())
-    ['manifest.json', 'model.safetensors', 'ticket.safetensors', 'witness.safetensors']
+    ['manifest.json', 'ticket.safetensors', 'weights.safetensors', 'witness.safetensors']
     """
     if factory is not None:
         check_registered(factory, options or {})
@@ -163,9 +163,16 @@ def load_compact(factory: Factory | str | None, folder: str | Path) -> nn.Module
             another model than the one that was compacted.
         ImportError: A registered name needs a library that is not installed.
 
-    >>> load_compact("dessilbi:lenet5", "runs/small")  # as when the folder is not there
-    Traceback (most recent call last):
-    FileNotFoundError: there is no saved model in runs/small ...
+    >>> import tempfile
+    >>> from dessilbi.compaction import compact
+    >>> from dessilbi.testing import random_ticket
+    >>> def factory():
+    ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> net, x = factory(), torch.randn(2, 4)
+    >>> small = compact(net, random_ticket(net, example_inputs=x, density=0.5), example_inputs=x)
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     load_compact(factory, save_compact(small, place + "/small"))[0]
+    Linear(in_features=4, out_features=4, bias=True)
     """
     return open_certified(factory, folder).model
 
