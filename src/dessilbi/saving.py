@@ -167,7 +167,8 @@ def load_compact(factory: Factory | str | None, folder: str | Path) -> nn.Module
     >>> from dessilbi.compaction import compact
     >>> from dessilbi.testing import random_ticket
     >>> def factory():
-    ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    ...     first, last = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+    ...     return torch.nn.Sequential(first, torch.nn.ReLU(), last)
     >>> net, x = factory(), torch.randn(2, 4)
     >>> small = compact(net, random_ticket(net, example_inputs=x, density=0.5), example_inputs=x)
     >>> with tempfile.TemporaryDirectory() as place:
