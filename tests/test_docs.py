@@ -37,6 +37,7 @@ def making(name, folder=MAKING):
     return module
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # Lightning's advice
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # Lightning's call
 @pytest.mark.parametrize("page", [page for page in PAGES if CODE[page]], ids=named)
 def test_code_runs_as_it_stands_and_prints_what_is_shown(page):
