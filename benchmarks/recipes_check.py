@@ -75,7 +75,7 @@ def check(name: str, data: str | None) -> None:
             "environment": {
                 key: value
                 for key, value in read_json(run.environment).items()
-                if key not in ("command", "platform")
+                if key not in ("command", "platform", "data")
             },
             "seconds": time.monotonic() - began,
             "cpu_seconds": time.process_time() - used,
