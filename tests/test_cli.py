@@ -539,7 +539,8 @@ def quick_demo(monkeypatch, recipe):
     rules = {
         p: {**r, "lam": 0.1} if isinstance(r, dict) else r for p, r in resnet.structure.items()
     }
-    resnet = resnet.model_copy(update={"structure": rules})  # so that blocks enter in 14 steps
+    # A fixed lambda, so that blocks enter in 14 steps.
+    resnet = resnet.model_copy(update={"structure": rules, "density": None})
     recipes = {"digits-lenet": lenet, "digits-resnet": resnet}
     monkeypatch.setattr("dessilbi.cli.tour.load_recipe", recipes.__getitem__)
 
