@@ -164,7 +164,9 @@ def steered(folder, strategy=None, calibrate="track"):
         train(folder, strategy, None, *STEERED, f"calibrate={calibrate}")
 
 
-@pytest.mark.parametrize(("strategy", "calibrate"), [("ddp", "track"), ("fsdp2", "late")])
+@pytest.mark.parametrize(
+    ("strategy", "calibrate"), [("ddp", "track"), ("fsdp2", "track"), ("fsdp2", "late")]
+)
 def test_ranks_find_the_lambda_that_one_process_finds(tmp_path, strategy, calibrate):
     (tmp_path / "alone").mkdir()
     steered(tmp_path / "alone", None, calibrate)
