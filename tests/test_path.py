@@ -402,16 +402,21 @@ def test_the_orders_differ_and_say_so():
     assert tickets["weight"][2].origin == expected
 
 
-def test_dual_is_the_default_order():
+def test_the_default_order_is_relative_where_there_are_blocks_and_weight_where_there_are_none():
     _, path = watched()
-    assert path.ticket(density=0.4) == path.ticket(density=0.4, order="dual")
+    assert path.ticket(density=0.4) == path.ticket(density=0.4, order="relative")
+    assert path.ticket(density=0.4) != path.ticket(density=0.4, order="weight")
+    weight = torch.nn.Parameter(torch.randn(6, 4))
+    optimizer = DessiLBI([{"params": [("w", weight)], "structure": "element"}], lr=0.1, nu=1.0)
+    assert Path(optimizer).ticket(density=0.4).origin["order"] == "weight"
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_ticket_holds_the_best_blocks_of_its_order(order):
     _, path, _ = brute_force(BACK_AND_FORTH)
     share = path.scores()["dual"]["e"]
-    key = {"dual": share, "weight": path.scores()["weight"]["e"], "entry": None}[order]
+    weight = path.scores()["weight"]["e"]
+    key = {"dual": share, "weight": weight, "relative": weight, "entry": None}[order]
     if key is None:
         entry = path.entry()["e"].double()
         key = -entry.masked_fill(entry == NEVER, 1e9) + share / 1e6  # ties by ||V||/lam
@@ -787,7 +792,7 @@ def test_a_ticket_needs_exactly_one_of_density_and_step(options):
 
 
 def test_an_unknown_order_is_refused():
-    with pytest.raises(ValueError, match="order='best' is not known: use one of dual, weight, en"):
+    with pytest.raises(ValueError, match="order='best' is not known: use one of relative, weight"):
         watched()[1].ticket(density=0.5, order="best")
 
 

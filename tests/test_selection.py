@@ -205,3 +205,38 @@ def test_a_tensor_without_elements_takes_part_in_no_ranking():
     ticket = rank([scores], specs, NO_UNITS).ticket(0.5, {"kind": "test"})
     assert kept(ticket) == {("w", 2), ("w", 3)}
     assert ticket.origin == {"kind": "test"}
+
+
+def in_order(ranking):
+    """Which leader each item is of, best item first."""
+    return ranking.tensor_of.tolist()
+
+
+def test_relative_scores_compare_layers_of_different_scales():
+    specs = {"small": TensorSpec((4, 3), (1, None)), "large": TensorSpec((4, 3), (1, None))}
+    scores = {"small": torch.tensor([0.4, 0.1, 0.2, 0.1]), "large": torch.tensor([5.0, 6, 5, 4])}
+    # Over their means small has 2, .5, 1, .5 and large 1, 1.2, 1, .8.
+    plain = rank([scores], specs, NO_UNITS)
+    assert in_order(plain) == [0, 1, 1, 1, 1, 0, 0, 0]  # the best of each layer comes first
+    relative = rank([scores], specs, NO_UNITS, relative=True)
+    assert in_order(relative) == [0, 1, 0, 1, 1, 1, 0, 0]
+    assert relative.block_of.tolist() == [0, 1, 2, 0, 2, 3, 1, 3]
+
+
+@given(case=scored(), factor=st.sampled_from([0.125, 64.0]))
+def test_a_relative_ranking_does_not_know_the_scale_of_a_layer(case, factor):
+    specs, scores, units = case
+    name = next(iter(specs))
+    scaled = {n: s * factor if n == name else s for n, s in scores.items()}
+    a, b = (rank([s], specs, units, relative=True) for s in (scores, scaled))
+    assert (a.tensor_of.tolist(), a.block_of.tolist()) == (
+        b.tensor_of.tolist(),
+        b.block_of.tolist(),
+    )
+
+
+def test_a_layer_of_zeros_is_ranked_last_by_relative_scores():
+    specs = {"dead": TensorSpec((2, 3), (1, None)), "alive": TensorSpec((2, 3), (1, None))}
+    scores = {"dead": torch.zeros(2), "alive": torch.tensor([1.0, 2.0])}
+    relative = rank([scores], specs, NO_UNITS, floor=0, relative=True)
+    assert in_order(relative) == [0, 1, 1, 0]

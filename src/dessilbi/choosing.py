@@ -51,6 +51,7 @@ class Family:
         units: Names of the units the run was trained with, or None per tensor.
         model: The model; it is not changed.
         example_inputs: A tensor, a tuple of forward's arguments, or a dict of its keywords.
+        relative: As in :func:`dessilbi.selection.rank`.
         origin: Goes into every ticket's origin.
 
     Raises:
@@ -65,6 +66,7 @@ class Family:
         *,
         model: nn.Module,
         example_inputs: ExampleInputs,
+        relative: bool = False,
         origin: Mapping[str, Any] | None = None,
     ):
         full = Ticket({n: torch.ones(s.grid, dtype=torch.bool) for n, s in specs.items()}, specs)
@@ -73,7 +75,7 @@ class Family:
         self.costs = CostModel(self.graph, model)
         together = together_on(self.graph, specs, units)
         even = [evened(self.graph, joint_scores(key, together), specs) for key in keys]
-        self._ranking: Ranking = rank(even, specs, together)
+        self._ranking: Ranking = rank(even, specs, together, relative=relative)
         self._origin = dict(origin or {})
         self._members: dict[int, tuple[Ticket, Cost]] = {}
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dessilbi.choosing import QUANTITIES, Choice, Family
@@ -17,7 +16,7 @@ from dessilbi.history import NEVER
 from dessilbi.measuring import choose_by_drop, choose_by_latency
 from dessilbi.path import Order, Path
 from dessilbi.runs import Run
-from dessilbi.scores import ORDERS, Scores, block_scores
+from dessilbi.scores import ORDERS, Scores, block_scores, order_keys, usual_order
 from dessilbi.sealing import check_sealed
 from dessilbi.settling import settled, why_not
 from dessilbi.tensorfiles import load_tensors
@@ -45,8 +44,7 @@ class Wish:
     Budgets: ``density``, ``params``, ``macs`` and ``bytes`` as in :meth:`Path.ticket`;
     ``latency_ms`` of the compacted model on this machine; ``max_drop``: points of validation
     accuracy that may be lost. Moments: ``step``, ``epoch``, or ``early``, the first point at which
-    the path had settled. ``order`` as in :meth:`Path.ticket`; None takes "weight" where all blocks
-    are single weights, and "dual" where blocks of several sizes have to be compared.
+    the path had settled. ``order`` as in :meth:`Path.ticket`.
 
     Raises:
         ValueError: Nothing is given, two budgets, two moments, or an unknown order.
@@ -159,8 +157,7 @@ class Drawer:
     @property
     def order(self) -> Order:
         """The order to rank blocks by where none is asked for."""
-        single = all(spec.block_size == 1 for spec in self.path.specs.values())
-        return "weight" if single else "dual"
+        return usual_order(self.path.specs)
 
     def draw(self, wish: Wish) -> Drawn:
         """Return the ticket of a wish.
@@ -192,18 +189,14 @@ class Drawer:
         if step is None or step == self.path.step:
             return self.path.family(self.model, example_inputs=self.example, order=order)
         scores = self._scores_at(step)
-        keys: list[Mapping[str, Tensor]] = [scores["weight" if order == "weight" else "dual"]]
-        if order == "entry":
-            never = torch.iinfo(torch.int64).max
-            entries = self.path.entry().items()
-            late = {n: -e.masked_fill((e == NEVER) | (e > step), never) for n, e in entries}
-            keys.insert(0, late)
+        entries = {n: e.masked_fill(e > step, NEVER) for n, e in self.path.entry().items()}
         return Family(
-            keys,
+            order_keys(order, scores, entries),
             self.path.specs,
             self.path.units,
             model=self.model,
             example_inputs=self.example,
+            relative=order == "relative",
             origin={"kind": "budget", "order": order, "step": step},
         )
 

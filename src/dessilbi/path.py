@@ -24,7 +24,7 @@ from dessilbi.optimizer import is_phantom_step
 from dessilbi.pathlines import Point, Takes
 from dessilbi.runs import Run
 from dessilbi.scores import Order as Order
-from dessilbi.scores import Scores, block_scores, load_scores, order_keys, save_scores
+from dessilbi.scores import Scores, block_scores, load_scores, order_keys, save_scores, usual_order
 from dessilbi.sealing import check_sealed
 from dessilbi.selection import Ranking, rank
 from dessilbi.ticket import TensorSpec, Ticket
@@ -292,7 +292,7 @@ class Path:
         params: float | None = None,
         macs: float | None = None,
         bytes: float | None = None,  # noqa: A002  # the word people say
-        order: Order = "dual",
+        order: Order | None = None,
         model: nn.Module | None = None,
         example_inputs: ExampleInputs | None = None,
     ) -> Ticket:
@@ -307,8 +307,8 @@ class Path:
                 share of the dense model's if at most 1, an absolute number if above.
             macs: Likewise for the multiply-accumulates of one sample.
             bytes: Likewise for the bytes of parameters and buffers.
-            order: How blocks are ranked: "dual" by ||V||/lam, "weight" by ||W|| of the coupled
-                net, "entry" by first entry with ||V||/lam as tie-break.
+            order: By ||W|| over its mean in the layer ("relative"), ||W|| ("weight"), ||V||/lam
+                ("dual") or first entry ("entry"). None: "weight" for single weights, else relative.
             model: With it (and ``example_inputs``) the ticket comes closed, ready for ``compact``,
                 and ``density`` is that of the closed ticket. Every budget but density needs it.
             example_inputs: A tensor, a tuple of forward's arguments, or a dict of its keywords.
@@ -317,11 +317,10 @@ class Path:
             ValueError: Not exactly one of density, step, params, macs and bytes is given, a value
                 is out of range, or the path was loaded from a run that never finished.
         """
-        limits = (density, params, macs, bytes)
-        given = {q: limit for q, limit in zip(QUANTITIES, limits, strict=True) if limit is not None}
+        limits = zip(QUANTITIES, (density, params, macs, bytes), strict=True)
+        given = {quantity: limit for quantity, limit in limits if limit is not None}
         if len(given) + (step is not None) != 1:
-            names = "density, step, params, macs and bytes"
-            raise ValueError(f"give exactly one of {names} to path.ticket")
+            raise ValueError("give exactly one of density, step, params, macs and bytes")
         if (model is None) != (example_inputs is None):
             raise ValueError("give model and example_inputs together to path.ticket, or neither")
         if step is not None:
@@ -334,23 +333,23 @@ class Path:
             ((quantity, limit),) = given.items()
             return family.choose(quantity, limit).ticket
         if density is None:
-            raise ValueError(
-                f"a ticket by {next(iter(given))} needs the model: give model= and example_inputs="
-            )
+            raise ValueError(f"a ticket by {next(iter(given))} needs the model and example_inputs")
+        order = order or usual_order(self._history.specs)
         origin = {"kind": "density", "order": order, "density": density, "step": self.step}
         return self.ranking(order).ticket(density, origin)
 
-    def ranking(self, order: Order = "dual") -> Ranking:
+    def ranking(self, order: Order | None = None) -> Ranking:
         """Return the ranking behind :meth:`ticket`; use it to draw many tickets at once.
 
         Raises:
             ValueError: The order is unknown, or the path has no scores.
         """
-        history, scores = self._history, self.scores()
-        return rank(order_keys(order, scores, history.entries), history.specs, history.units)
+        history, order = self._history, order or usual_order(self._history.specs)
+        keys = order_keys(order, self.scores(), history.entries)
+        return rank(keys, history.specs, history.units, relative=order == "relative")
 
     def family(
-        self, model: nn.Module, *, example_inputs: ExampleInputs, order: Order = "dual"
+        self, model: nn.Module, *, example_inputs: ExampleInputs, order: Order | None = None
     ) -> Family:
         """Return the closed, compactable tickets of an order with what they cost.
 
@@ -362,12 +361,14 @@ class Path:
         Raises:
             ValueError: As :meth:`ranking`, or the model is another or cannot be read.
         """
+        order = order or usual_order(self._history.specs)
         return Family(
             order_keys(order, self.scores(), self._history.entries),
             self._history.specs,
             self._history.units,
             model=model,
             example_inputs=example_inputs,
+            relative=order == "relative",
             origin={"kind": "budget", "order": order, "step": self.step},
         )
 

@@ -18,9 +18,10 @@ from dessilbi.tensorfiles import load_tensors
 from dessilbi.ticket import TensorSpec
 
 Scores = Mapping[str, Mapping[str, Tensor]]
-Order = Literal["dual", "weight", "entry"]
-ORDERS: tuple[Order, ...] = ("dual", "weight", "entry")
+Order = Literal["relative", "weight", "dual", "entry"]
+ORDERS: tuple[Order, ...] = ("relative", "weight", "dual", "entry")
 KINDS = ("dual", "weight")
+KIND_OF = {"relative": "weight", "weight": "weight", "dual": "dual", "entry": "dual"}
 
 
 @torch.no_grad()
@@ -84,17 +85,30 @@ def load_scores(
     return scores
 
 
+def usual_order(specs: Mapping[str, TensorSpec]) -> Order:
+    """Return the order for who asks for none: "weight" for single weights, else "relative".
+
+    Norms of filters and neurons say more about the layer than about the filter, so that a ranking
+    of them over all layers leaves a single one of whole layers; see docs/adr/0014.
+    """
+    single = all(spec.block_size == 1 for spec in specs.values())
+    return "weight" if single else "relative"
+
+
 def order_keys(
     order: Order, scores: Scores, entries: Mapping[str, Tensor]
 ) -> list[Mapping[str, Tensor]]:
     """Return the scores of an order, the deciding one first.
+
+    Those of "relative" are ||W||; whoever ranks them divides by the mean of each layer, see
+    :func:`dessilbi.selection.rank`.
 
     Raises:
         ValueError: The order is unknown.
     """
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is not known: use one of {', '.join(ORDERS)}")
-    keys: list[Mapping[str, Tensor]] = [scores["weight" if order == "weight" else "dual"]]
+    keys: list[Mapping[str, Tensor]] = [scores[KIND_OF[order]]]
     if order == "entry":
         never = torch.iinfo(torch.int64).max
         keys.insert(0, {n: -e.masked_fill(e == NEVER, never) for n, e in entries.items()})

@@ -91,6 +91,7 @@ def rank(
     units: Mapping[str, str | None],
     *,
     floor: float = LAYER_FLOOR,
+    relative: bool = False,
 ) -> Ranking:
     """Rank all blocks by ``keys``, highest first, letting no layer die.
 
@@ -103,6 +104,8 @@ def rank(
         specs: name -> shape and block.
         units: name -> unit name, or None.
         floor: See above; 0 only keeps each layer's best block.
+        relative: Divide every score by the mean over its layer (over its unit), so that layers of
+            different scales can be compared.
 
     Returns:
         The ranking.
@@ -119,7 +122,8 @@ def rank(
         ]
     )
     columns = [
-        -np.concatenate([_numbers(key[names[0]]) for names in leaders]) for key in reversed(keys)
+        -np.concatenate([_numbers(key[names[0]], relative=relative) for names in leaders])
+        for key in reversed(keys)
     ]
     # lexsort is stable: equal blocks stay in the order of the tensors.
     order = np.lexsort(columns)
@@ -138,8 +142,10 @@ def leaders_of(specs: Mapping[str, TensorSpec], units: Mapping[str, str | None])
     return [names for names in together.values() if specs[names[0]].num_blocks > 0]
 
 
-def _numbers(values: Tensor) -> Floats:
-    return values.detach().reshape(-1).cpu().to(torch.float64).numpy()
+def _numbers(values: Tensor, *, relative: bool) -> Floats:
+    numbers: Floats = values.detach().reshape(-1).cpu().to(torch.float64).numpy()
+    mean = float(numbers.mean()) if relative else 1.0
+    return numbers / mean if mean > 0 else numbers
 
 
 def _with_floor(tensor_of: Ints, elements: Ints, num_leaders: int, floor: float) -> Floats:

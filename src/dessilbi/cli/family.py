@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 class OrderName(StrEnum):
     """The orders of ``Path.ticket``, as words of the command line."""
 
-    DUAL = "dual"
+    RELATIVE = "relative"
     WEIGHT = "weight"
+    DUAL = "dual"
     ENTRY = "entry"
 
 

@@ -132,7 +132,7 @@ def judge_ticket(trained: Trained, ticket: Ticket) -> Outcome:
 
 
 def judge_tickets(
-    trained: Trained, path: Path, densities: Iterable[float], *, order: Order = "dual"
+    trained: Trained, path: Path, densities: Iterable[float], *, order: Order | None = None
 ) -> list[Outcome]:
     """Judge the tickets of several densities of one path; see :func:`judge_ticket`."""
     return [
