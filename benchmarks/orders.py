@@ -3,12 +3,14 @@
 
     python -m benchmarks.orders --data DIR
 
-Protocol. Data, networks and schedule are those of parts (a) and (c) of benchmarks/evidence/PROTOCOL.md (LeNet on
-Fashion-MNIST, ResNet-8 on CIFAR-10), scores are of the validation part, seeds 100 to 102: the test part is not
-read. Per seed one search over 60 % of E with filters coupled into units, one lambda for all layers (lr
-0.07 and 0.1, weight decay 5e-4, R = 2, density control at .3); then for every order and cut the ticket is
-removed, BatchNorm statistics are estimated anew (once), and the smaller network is trained for the rest of E (end).
-One JSON line per cell in docs/results/orders.jsonl; what is there is not run again. About 8 core-minutes.
+Protocol. Data, networks and schedule are those of parts (a) and (c) of
+benchmarks/evidence/PROTOCOL.md (LeNet on Fashion-MNIST, ResNet-8 on CIFAR-10); scores are of the
+validation part, seeds 100 to 102: the test part is not read. Per seed one search over 60 % of E
+with filters coupled into units, one lambda for all layers (lr 0.07 and 0.1, weight decay 5e-4,
+R = 2, density control at .3). Then for every order and cut the ticket is removed, BatchNorm
+statistics are estimated anew (once), and the smaller network is trained for the rest of E (end).
+One JSON line per cell in docs/results/orders.jsonl; what is there is not run again. About 8
+core-minutes.
 """
 
 import argparse
@@ -74,7 +76,7 @@ def measure(name: str, seed: int, root: str) -> Iterator[dict[str, Any]]:
 
 
 def shown(values: list[float | None]) -> str:
-    """Mean and deviation in percent; a network that is dead counts as a tenth, which guessing has."""
+    """Mean and deviation in percent; a dead network counts as a tenth, as guessing does."""
     if not values:
         return ""
     known = [0.1 if value is None else value for value in values]
@@ -90,8 +92,8 @@ def write_page() -> None:
         "# Orders of tickets",
         "",
         "Written by `python -m benchmarks.orders`, whose first lines are the protocol, from",
-        "[these lines](orders.jsonl). Validation accuracy in %, means and deviations of three seeds,",
-        "MACs cut by 2, 4, 8; dead: the output does not depend on the input any more.",
+        "[these lines](orders.jsonl). Validation accuracy in %, means and deviations of three",
+        "seeds, MACs cut by 2, 4, 8; dead: the output does not depend on the input any more.",
     ]
     for name, title in TITLES.items():
         text += [

@@ -217,7 +217,7 @@ def test_relative_scores_compare_layers_of_different_scales():
     scores = {"small": torch.tensor([0.4, 0.1, 0.2, 0.1]), "large": torch.tensor([5.0, 6, 5, 4])}
     # Over their means small has 2, .5, 1, .5 and large 1, 1.2, 1, .8.
     plain = rank([scores], specs, NO_UNITS)
-    assert in_order(plain) == [0, 1, 1, 1, 1, 0, 0, 0]  # the best of each layer comes first
+    assert in_order(plain) == [1, 0, 1, 1, 1, 0, 0, 0]  # the best of each layer come first
     relative = rank([scores], specs, NO_UNITS, relative=True)
     assert in_order(relative) == [0, 1, 0, 1, 1, 1, 0, 0]
     assert relative.block_of.tolist() == [0, 1, 2, 0, 2, 3, 1, 3]
@@ -239,4 +239,4 @@ def test_a_layer_of_zeros_is_ranked_last_by_relative_scores():
     specs = {"dead": TensorSpec((2, 3), (1, None)), "alive": TensorSpec((2, 3), (1, None))}
     scores = {"dead": torch.zeros(2), "alive": torch.tensor([1.0, 2.0])}
     relative = rank([scores], specs, NO_UNITS, floor=0, relative=True)
-    assert in_order(relative) == [0, 1, 1, 0]
+    assert in_order(relative) == [1, 0, 1, 0]
