@@ -31,7 +31,7 @@ class Job:
     """What is run in one go: a method on a task with a seed, over all of its budgets.
 
     Attributes:
-        part: "a" to "f".
+        part: "a" to "i".
         task: Its name.
         method: As in TRIALS.
         seed: Of initialisation and order.

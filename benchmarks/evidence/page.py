@@ -41,9 +41,11 @@ NAMES = {
     "adamw": "AdamW",
     "dessilbi": "**DessiLBI**, one search for all",
     "dessilbi-target": "**DessiLBI**, one run per density",
+    "dessilbi-tight": "**DessiLBI**, one search for all, tails that tighten",
     "dessilbi-filter": "**DessiLBI**, filters and neurons",
     "dessilbi-adamw": "**DessiLBI** around AdamW",
     "one-shot": "one-shot magnitude",
+    "one-shot-tight": "one-shot magnitude, tails that tighten",
     "gradual": "gradual magnitude",
     "linbreg": "LinBreg",
     "adabreg": "AdaBreg",
@@ -127,6 +129,23 @@ def part_c(lines: Sequence[Line]) -> str:
         f"At the end of the training, by the factor that MACs were cut by:\n\n{end}\n"
         f"Right after removal:\n\n{once}\nMACs left, in % of the dense network's:\n\n{left}\n"
         + tally(lines, "c", budgets, NAMES)
+    )
+
+
+def part_h(lines: Sequence[Line]) -> str:
+    return (
+        grid(lines, "h", DENSITIES, "test_accuracy")
+        + "\n"
+        + tally(lines, "h", DENSITIES, NAMES, {"test_accuracy": "Nothing retrained"})
+    )
+
+
+def part_i(lines: Sequence[Line]) -> str:
+    budgets = list(CUTS)
+    return (
+        grid(lines, "i", budgets, "test_accuracy")
+        + "\n"
+        + tally(lines, "i", budgets, NAMES, {"test_accuracy": "Nothing retrained"})
     )
 
 
@@ -243,6 +262,8 @@ PARTS: dict[str, Callable[[Sequence[Line]], str]] = {
     "(d) Early tickets": part_d,
     "(e) Sensitivity": part_e,
     "(f) Character GPT": part_f,
+    "(h) Single weights, nothing retrained: all of E is the search": part_h,
+    "(i) Filters, nothing retrained: all of E is the search": part_i,
     "Cost of a frontier of 10 densities, in dense trainings": cost,
     "All trials": trials_table,
 }

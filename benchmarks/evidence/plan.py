@@ -22,14 +22,16 @@ from benchmarks.evidence.settings import (
 from benchmarks.evidence.tasks import FULL_NETS
 
 TASKS = {"a": ("fashion", "mnist"), "b": ("fashion",), "c": ("cifar",), "d": ("fashion", "mnist")}
-TASKS |= {"e": ("fashion",), "f": ("text",), "g": FULL_NETS}
-PARTS = ("b", "d", "a", "c", "f", "e", "g")  # within a seed
+TASKS |= {"e": ("fashion",), "f": ("text",), "g": FULL_NETS, "h": ("fashion",), "i": ("cifar",)}
+PARTS = ("b", "h", "d", "a", "c", "i", "f", "e", "g")  # within a seed
 BUDGETS: dict[str, tuple[float, ...]] = {
     "a": (1.0,),
     "b": DENSITIES,
     "c": CUTS,
     "g": CUTS,
     "f": TEXT_DENSITIES,
+    "h": DENSITIES,
+    "i": CUTS,
 }
 SENSITIVE_AT = (0.05,)
 
@@ -63,7 +65,7 @@ def reported(part: str, seed: int) -> Iterator[Job]:
                 yield Job("b", task, "iterative", seed, (1.0, *DENSITIES))
 
 
-def planned(parts: str = "abcdef", *, smoke: bool = False) -> list[Job]:
+def planned(parts: str = "abcdefhi", *, smoke: bool = False) -> list[Job]:
     """Return the jobs of some parts: each part's trials before its first seed, then seed by seed.
 
     Sensitivity, which says least, comes last.
@@ -72,8 +74,6 @@ def planned(parts: str = "abcdef", *, smoke: bool = False) -> list[Job]:
     jobs = [job for job in trials("a") if job.method == "sgd"]  # of which others take over
     if {"d", "e"} & set(wanted) and "b" not in wanted:
         jobs += [job for job in trials("b") if job.method == "dessilbi"]
-    if "g" in wanted and "c" not in wanted:
-        jobs += list(trials("c"))
     if "g" in wanted and "c" not in wanted:
         jobs += list(trials("c"))
     for seed in SEEDS:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from benchmarks.evidence.bench import Bench, Job, MissingError
-from benchmarks.evidence.parts import early, filters, optimizers, text, weights
+from benchmarks.evidence.parts import alone, early, filters, optimizers, text, weights
 from benchmarks.evidence.plan import planned
 from benchmarks.evidence.training import quick
 from filelock import FileLock, Timeout
@@ -34,6 +34,8 @@ RUN = {
     "e": weights.run,
     "f": text.run,
     "g": filters.run,
+    "h": alone.run,
+    "i": alone.run,
 }
 PAUSE = 5.0  # seconds to wait for what another process runs
 
@@ -115,7 +117,7 @@ def arguments() -> Any:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no job after so long")
-    parser.add_argument("--part", default="abcdef", help="letters of the parts")
+    parser.add_argument("--part", default="abcdefhi", help="letters of the parts")
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--smoke", action="store_true", help="the whole chain at a tiny size")
     parser.add_argument("--status", action="store_true", help="only tell what is there")

@@ -16,7 +16,7 @@ CONTROLLED = (0.1, 0.05)  # (d): of fresh initialisations and random tickets
 ROUNDS = (0.45, 0.2, 0.1, 0.05)  # (d): iterative magnitude pruning
 
 # The budget at which trials are made; the setting holds for all budgets.
-TUNED_AT: dict[str, float] = {"a": 1.0, "b": 0.05, "c": 4, "f": 0.5}
+TUNED_AT: dict[str, float] = {"a": 1.0, "b": 0.05, "c": 4, "f": 0.5, "h": 0.05, "i": 4}
 
 
 def grid(
@@ -50,13 +50,19 @@ TRIALS: dict[str, dict[str, list[Setting]]] = {
         "dessilbi": grid("lr", (0.04, 0.07), "coupling", (2.0, 5.0)),
         # one parameter: weak coupling and tickets enforced on the way, or stronger and none
         "dessilbi-target": grid("lr", (0.04, 0.07), "style", ("tightened", "free")),
+        "dessilbi-tight": [
+            {"coupling": 2.0} | setting for setting in grid("lr", (0.04, 0.07), "first", (0.1, 0.2))
+        ],
         "one-shot": grid("lr", (0.04, 0.07), "decay", (5e-4, 5e-3)),
+        "one-shot-tight": [
+            {"decay": 5e-4} | setting for setting in grid("lr", (0.04, 0.07), "first", (0.1, 0.2))
+        ],
         "gradual": grid("lr", (0.04, 0.07), "decay", (5e-4, 5e-3)),
         "linbreg": grid("lr", (0.3, 0.6), "lam", (0.02, 0.1)),
         "adabreg": grid("lr", (2e-3, 5e-3), "lam", (0.01, 0.05)),
     },
     "c": {
-        "dessilbi": grid("lr", (0.05, 0.1), "coupling", (4.0, 10.0)),
+        "dessilbi": grid("lr", (0.05, 0.1), "coupling", (1.0, 2.0)),
         "group-lasso": grid("lr", (0.05, 0.1), "strength", (3e-4, 1e-3)),
         "magnitude": grid("lr", (0.05, 0.1), "decay", (5e-4, 5e-3)),
         "slimming": grid("lr", (0.05, 0.1), "strength", (1e-4, 1e-3)),
@@ -68,6 +74,14 @@ TRIALS: dict[str, dict[str, list[Setting]]] = {
         "adamw": grid("lr", (2e-3, 4e-3), "decay", (0.01, 0.1)),
     },
 }
+
+# Nothing retrained: single weights (h) and filters (i). What DessiLBI may try is stronger coupling
+# than in (b) and (c); the rivals try what they try there.
+TRIALS["h"] = {m: tried for m, tried in TRIALS["b"].items() if not m.endswith("-tight")} | {
+    "dessilbi": grid("lr", (0.04, 0.07), "coupling", (4.0, 10.0)),
+    "dessilbi-target": grid("lr", (0.04, 0.07), "coupling", (1.0, 4.0)),
+}
+TRIALS["i"] = TRIALS["c"] | {"dessilbi": grid("lr", (0.05, 0.1), "coupling", (2.0, 10.0))}
 
 # (e): one change at a time of the family run of (b)
 CHANGES: dict[str, Setting] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 Line = dict[str, Any]
 GOAL_A, GOAL_D = 0.2, 0.3  # points
+BOTH = {"test_accuracy": "At the end", "once_test_accuracy": "Right after"}
 COSTLIER = "iterative"  # outside the comparison at equal training
 
 
@@ -51,14 +52,18 @@ def _verdicts(
 
 
 def tally(
-    lines: Sequence[Line], part: str, budgets: Sequence[Any], names: Mapping[str, str]
+    lines: Sequence[Line],
+    part: str,
+    budgets: Sequence[Any],
+    names: Mapping[str, str],
+    told: Mapping[str, str] = BOTH,
 ) -> str:
     """Return the verdicts of a part, in words, as far as its lines are there."""
     text = ""
-    for key, what in (("test_accuracy", "At the end"), ("once_test_accuracy", "Right after")):
+    for key, what in told.items():
         found = list(_verdicts(lines, part, budgets, names, key))
         if found:
-            text += f"{what}: " + "; ".join(told for _, told in found) + ".\n"
+            text += f"{what}: " + "; ".join(words for _, words in found) + ".\n"
     return text
 
 

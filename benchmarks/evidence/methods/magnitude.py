@@ -91,6 +91,7 @@ def gradual(
     begin: float = 0.1,
     end: float = 0.6,
     every: int = 10,
+    start: Ticket | None = None,
 ) -> tuple[Ticket, Spent]:
     """Train and prune along the cubic schedule; the network ends masked for good.
 
@@ -98,21 +99,25 @@ def gradual(
         task: Data and loss.
         model: Trained in place.
         density: Wanted at ``end``.
-        stage: Of the whole training.
+        stage: Of the schedule.
         seed: Of the order of samples.
         make: From a network to its optimizer.
-        begin: Share of the training at which pruning begins.
+        begin: Share of the stage at which pruning begins.
         end: ... and ends.
         every: Steps between prunings.
+        start: What is left of the network at the beginning; None: all of it.
     """
-    prune_to(model, 1.0)
+    if start is not None:
+        start.apply_(model)  # what it leaves out is zero, so it goes first
     for module, name in _places(model):
         prune.identity(module, name)
+    first = 1.0 if start is None else start.density
+    prune_to(model, first)
 
     def after(step: int) -> None:
-        progress = (step + 1) / stage.total
-        if (step + 1) % every == 0 and begin <= progress <= end + every / stage.total:
-            prune_to(model, 1 - cubic(progress, 1 - density, begin=begin, end=end))
+        progress = (step + 1 - stage.first) / stage.steps
+        if (step + 1) % every == 0 and begin <= progress <= end + every / stage.steps:
+            prune_to(model, first - cubic(progress, first - density, begin=begin, end=end))
 
     spent = fit(task, model, make(model), stage, seed=seed, after=after)
     return made_permanent(model), spent

@@ -20,7 +20,7 @@ from dessilbi.training.evaluation import recalibrated
 
 Cut = Callable[[float], nn.Module]  # from a share of the MACs to the smaller network
 DECAY = 5e-4
-AIM = 0.15  # density of the filters that the search aims at
+AIM = 0.3  # density of the filters that the search aims at
 
 
 @dataclass
@@ -49,35 +49,22 @@ def unit_scores(
     return block_scores(optimizer)["weight"], dict(path.specs), dict(path.units)
 
 
-def usual(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean norm of a layer's units; at the initialisation it tells the layer's scale."""
-    return {name: float(norms.mean()) for name, norms in unit_scores(groups)[0].items()}
-
-
-def relative(norms: Mapping[str, Tensor], scale: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return the norms of units by the scale of their layer."""
-    return {name: values / scale[name] for name, values in norms.items()}
-
-
-def scaled(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the groups with lambdas in proportion to the scales of their layers."""
-    scale = usual(groups)
-    return [
-        group | {"lam": scale[group["params"][0][0]]} if group.get("structure") else group
-        for group in groups
-    ]
-
-
 def by_scores(
     task: Task,
     model: nn.Module,
     groups: Sequence[Mapping[str, Any]],
     scores: Mapping[str, Tensor],
+    *,
+    relative: bool,
 ) -> Cut:
-    """Return the cut that removes the units with the smallest scores, over all layers."""
+    """Return the cut that removes the units with the smallest scores, over all layers.
+
+    Relative scores are divided by the mean of their layer.
+    """
     _, specs, units = unit_scores(groups)
-    keys = [scores]
-    family = Family(keys, specs, units, model=model, example_inputs=task.example())
+    family = Family(
+        [scores], specs, units, model=model, example_inputs=task.example(), relative=relative
+    )
 
     def cut(share: float) -> nn.Module:
         ticket = family.choose("macs", share).ticket
@@ -90,7 +77,7 @@ def search_ours(task: Task, stage: Stage, seed: int, setting: dict[str, Any]) ->
     model = task.model(seed)
     options = {"decay": DECAY, "density": AIM} | setting
     found: Searched = ours.search(
-        task, model, scaled(filter_groups(task, model)), stage, seed=seed, **options
+        task, model, filter_groups(task, model), stage, seed=seed, **options
     )
     cut = by_path(task, model, found)
     return Cuttable(model, cut, found.spent, found.facts)
@@ -100,7 +87,7 @@ def by_path(task: Task, model: nn.Module, found: Searched) -> Cut:
     """Return the cut of a path's family."""
     example = task.example()
     assert found.path is not None
-    family = found.path.family(model, example_inputs=example, order="dual")
+    family = found.path.family(model, example_inputs=example)
     return lambda share: (
         compact(model, family.choose("macs", share).ticket, example_inputs=example).model
     )
@@ -110,7 +97,7 @@ def search_lasso(task: Task, stage: Stage, seed: int, setting: dict[str, Any]) -
     """Proximal SGD with group lasso; strength 0 is plain SGD with the units' norms."""
     model = task.model(seed)
     groups = filter_groups(task, model)
-    units, scale = group_lasso.units_in(groups), usual(groups)
+    units = group_lasso.units_in(groups)
     optimizer = sgd(model, setting["lr"], weight_decay=setting.get("decay", DECAY))
     strength = setting.get("strength", 0.0)
 
@@ -120,7 +107,7 @@ def search_lasso(task: Task, stage: Stage, seed: int, setting: dict[str, Any]) -
 
     spent = fit(task, model, optimizer, stage, seed=seed, after=after)
     zeros = torch.cat([group_lasso.norms(unit) == 0 for unit in units]).float().mean()
-    cut = by_scores(task, model, groups, relative(unit_scores(groups)[0], scale))
+    cut = by_scores(task, model, groups, unit_scores(groups)[0], relative=True)
     return Cuttable(model, cut, spent, {"zero_units": float(zeros)})
 
 
@@ -137,7 +124,7 @@ def search_slimming(task: Task, stage: Stage, seed: int, setting: dict[str, Any]
         before=lambda _: slimming.add_penalty(model, setting["strength"]),
     )
     scores = slimming.filter_scores(model, list(unit_scores(groups)[0]))
-    return Cuttable(model, by_scores(task, model, groups, scores), spent, {})
+    return Cuttable(model, by_scores(task, model, groups, scores, relative=False), spent, {})
 
 
 def search_pruner(task: Task, stage: Stage, seed: int, setting: dict[str, Any]) -> Cuttable:

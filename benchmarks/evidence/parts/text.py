@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.evidence.bench import Bench, Job, line_of
 from benchmarks.evidence.methods import ours
-from benchmarks.evidence.parts.filters import relative, scaled, unit_scores, usual
+from benchmarks.evidence.parts.filters import unit_scores
 from benchmarks.evidence.settings import Setting
 from benchmarks.evidence.tasks import Task
 from benchmarks.evidence.training import Searched, Stage, at_once, fit, judged
@@ -41,7 +41,7 @@ def search(task: Task, job: Job, stage: Stage, setting: Setting) -> Searched:
         return ours.search(
             task,
             model,
-            scaled(groups),
+            groups,
             stage,
             seed=job.seed,
             density=AIM,
@@ -49,12 +49,12 @@ def search(task: Task, job: Job, stage: Stage, setting: Setting) -> Searched:
             decay=DECAY,
             **setting,
         )
-    scale = usual(groups)
     optimizer = AdamW(model.parameters(), lr=setting["lr"], weight_decay=setting["decay"])
     spent = fit(task, model, optimizer, stage, seed=job.seed)
     scores, specs, units = unit_scores(groups)
-    keys = [relative(scores, scale)]
-    family = Family(keys, specs, units, model=model, example_inputs=task.example())
+    family = Family(
+        [scores], specs, units, model=model, example_inputs=task.example(), relative=True
+    )
     return Searched(model, lambda d: family.choose("density", d).ticket, spent)
 
 
@@ -82,9 +82,7 @@ def trained(
     if found.path is None:
         ticket = found.ticket(budget)
     else:
-        ticket = found.path.ticket(
-            density=budget, order="dual", model=found.model, example_inputs=example
-        )
+        ticket = found.path.ticket(density=budget, model=found.model, example_inputs=example)
     once = at_once(task, found.model, ticket, reported=job.reported)
     net = compact(found.model, ticket, example_inputs=example).model
     optimizer = AdamW(net.parameters(), lr=setting["lr"], weight_decay=setting.get("decay", DECAY))

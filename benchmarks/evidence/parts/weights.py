@@ -2,6 +2,7 @@
 """Part (b): the frontier of single weights at equal training; part (e): sensitivity."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 SEARCH = 0.6  # of E; the rest trains the ticket
 AIM = 0.03  # density that the search for all densities aims at
 SHARE = 0.1  # of the weights LinBreg starts with
+HALF = 0.5  # of the tail: by then a tightening one has come down to the wanted density
 DECAY = 5e-4  # of what trains a ticket, where the setting has none
 # Of the runs for one density: nested tickets enforced on the way along the cubic curve, or none.
 STYLES: dict[str, Setting] = {
@@ -65,7 +67,9 @@ Search = Callable[[Task, Stage, int, Setting], Searched]
 SEARCHES: dict[str, Search] = {
     "dessilbi": search_ours,
     "dessilbi-target": search_ours,
+    "dessilbi-tight": search_ours,
     "one-shot": search_plain,
+    "one-shot-tight": search_plain,
     "linbreg": search_bregman,
     "adabreg": lambda task, stage, seed, setting: search_bregman(
         task, stage, seed, setting | {"betas": (0.9, 0.999)}
@@ -86,7 +90,7 @@ def frontier(job: Job, bench: Bench, search: Search, setting: Setting) -> Iterat
     """One search for all budgets; a tail for each."""
     task = bench.task(job.task)
     steps = int(SEARCH * task.steps)
-    own = {key: value for key, value in setting.items() if key != "tail_lr"}
+    own = {key: value for key, value in setting.items() if key not in ("tail_lr", "first")}
     found = search(task, Stage(task.steps, 0, steps), job.seed, own)
     whole = judged(task, found.model, reported=job.reported)
     for budget in job.budgets:
@@ -96,12 +100,22 @@ def frontier(job: Job, bench: Bench, search: Search, setting: Setting) -> Iterat
 def tail(
     job: Job, task: Task, found: Searched, budget: float, setting: Setting, whole: dict[str, float]
 ) -> dict[str, Any]:
-    """Cut a ticket, train it to the end of the schedule, and tell the line."""
+    """Cut a ticket, train it to the end of the schedule, and tell the line.
+
+    A tail that tightens starts from a larger ticket of the family and prunes it gradually.
+    """
     ticket = found.ticket(budget)
     facts = at_once(task, found.model, ticket, reported=job.reported)
     stage = Stage(task.steps, int(SEARCH * task.steps))
     make = tail_of(setting)
-    net, spent = train_ticket(task, found.model, ticket, stage, seed=job.seed, optimizer=make)
+    if budget < setting.get("first", 0.0):
+        net = deepcopy(found.model)
+        start = found.ticket(setting["first"])
+        ticket, spent = magnitude.gradual(
+            task, net, budget, stage, seed=job.seed, make=make, begin=0.0, end=HALF, start=start
+        )
+    else:
+        net, spent = train_ticket(task, found.model, ticket, stage, seed=job.seed, optimizer=make)
     facts |= judged(task, net, reported=job.reported) | found.facts
     return line_of(
         job,
