@@ -77,7 +77,7 @@ def test_a_drop_is_held_on_the_validation_split(drawer):
 
 
 def test_the_order_by_default_compares_only_what_can_be_compared(drawer, kept):
-    assert drawer.order == "relative"  # filters beside single weights
+    assert drawer.order == "dual"  # filters beside single weights
     assert Drawer(kept).order == "weight"
     assert Drawer(kept).draw(Wish(density=0.3)).ticket.origin["order"] == "weight"
     assert Drawer(kept).draw(Wish(density=0.3, order="dual")).ticket.origin["order"] == "dual"

@@ -402,13 +402,19 @@ def test_the_orders_differ_and_say_so():
     assert tickets["weight"][2].origin == expected
 
 
-def test_the_default_order_is_relative_where_there_are_blocks_and_weight_where_there_are_none():
-    _, path = watched()
-    assert path.ticket(density=0.4) == path.ticket(density=0.4, order="relative")
-    assert path.ticket(density=0.4) != path.ticket(density=0.4, order="weight")
-    weight = torch.nn.Parameter(torch.randn(6, 4))
-    optimizer = DessiLBI([{"params": [("w", weight)], "structure": "element"}], lr=0.1, nu=1.0)
-    assert Path(optimizer).ticket(density=0.4).origin["order"] == "weight"
+@pytest.mark.parametrize(
+    ("structures", "order"),
+    [(("element",), "weight"), (("filter",), "relative"), (("filter", "element"), "dual")],
+)
+def test_the_default_order_compares_only_what_can_be_compared(structures, order):
+    torch.manual_seed(0)
+    groups = [
+        {"params": [(f"w{i}", torch.nn.Parameter(torch.randn(6, 4)))], "structure": structure}
+        for i, structure in enumerate(structures)
+    ]
+    path = Path(DessiLBI(groups, lr=0.1, nu=1.0))
+    assert path.ticket(density=0.4).origin["order"] == order
+    assert path.ticket(density=0.4) == path.ticket(density=0.4, order=order)
 
 
 @pytest.mark.parametrize("order", ORDERS)

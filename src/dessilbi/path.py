@@ -308,7 +308,7 @@ class Path:
             macs: Likewise for the multiply-accumulates of one sample.
             bytes: Likewise for the bytes of parameters and buffers.
             order: By ||W|| over its mean in the layer ("relative"), ||W|| ("weight"), ||V||/lam
-                ("dual") or first entry ("entry"). None: "weight" for single weights, else relative.
+                ("dual") or first entry ("entry"). None: see :func:`dessilbi.scores.usual_order`.
             model: With it (and ``example_inputs``) the ticket comes closed, ready for ``compact``,
                 and ``density`` is that of the closed ticket. Every budget but density needs it.
             example_inputs: A tensor, a tuple of forward's arguments, or a dict of its keywords.

@@ -86,13 +86,14 @@ def load_scores(
 
 
 def usual_order(specs: Mapping[str, TensorSpec]) -> Order:
-    """Return the order for who asks for none: "weight" for single weights, else "relative".
+    """Return the order for who asks for none.
 
-    Norms of filters and neurons say more about the layer than about the filter, so that a ranking
-    of them over all layers leaves a single one of whole layers; see docs/adr/0014.
+    "weight" where all blocks are single weights, "relative" where none are, since norms of filters
+    and neurons say more about the layer than about the filter; see docs/adr/0014. Where both are
+    to be compared only lambda says how: "dual".
     """
-    single = all(spec.block_size == 1 for spec in specs.values())
-    return "weight" if single else "relative"
+    single = {spec.block_size == 1 for spec in specs.values()}
+    return "dual" if len(single) > 1 else "weight" if single == {True} else "relative"
 
 
 def order_keys(
