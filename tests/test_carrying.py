@@ -292,3 +292,22 @@ def test_a_wrapped_base_may_give_a_gradient_that_was_not_there_before_its_step()
         runs.append(run)
     # Nobody could keep W from before the step, so the base moves it and the coupling does not.
     assert largest_difference(*runs) < 2e-6
+
+
+def test_a_wrapped_model_that_is_moved_to_a_narrower_type_goes_on_as_the_reference_does():
+    weights = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 5, bias=False)
+        base = torch.optim.SGD(layer.named_parameters(), lr=0.1)
+        optimizer = wrap(base, nu=1.0, lam=0.3, structure="filter", fused=fused)
+        for step in range(6):
+            if step == 3:
+                layer.bfloat16()
+            noise = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+            layer.weight.grad = noise.to(layer.weight.dtype)
+            optimizer.step()
+        assert optimizer.kernel == ("fused-cpu" if fused else "reference")
+        assert 0 < optimizer.support().density < 1
+        weights.append(layer.weight.detach().float())
+    assert_close(*weights, rtol=0.02, atol=0.01)

@@ -253,7 +253,7 @@ class Wrapped(Optimizer):
         """Keep W as it is before the base moves it."""
         self._olds = {p: self._olds.get(p, p) for p in params}
         for p, old in self._olds.items():
-            if old is p or old.shape != p.shape or old.stride() != p.stride():
+            if old is p or not fusing.lies_as(old, p, p.dtype):  # a moved model lies elsewhere
                 self._olds[p] = torch.empty_like(p)
         if params:
             torch._foreach_copy_(list(self._olds.values()), params)
