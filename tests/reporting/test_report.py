@@ -484,6 +484,7 @@ def test_texts_and_curves_stand_out_from_their_ground_in_both_themes(theme):
         ([0.1, 0.5, 0.7], "linear"),
         ([0.1, 0.97, 0.99], "error"),
         ([0.9, 1.0], "linear"),
+        ([0.95, 0.9999], "linear"),
         ([], "linear"),
     ],
 )

@@ -97,7 +97,7 @@ def of_accuracy(values: Iterable[float]) -> Scale:
     found = [v for v in values if math.isfinite(v)]
     if not found:
         return Scale(0.0, 1.0)
-    if max(found) < 0.9 or max(found) > 0.9999:
+    if not 0.9 <= max(found) < SHARES[-1]:
         return Scale(0.0, 1.0)
     high = next(s for s in SHARES if s > max(found))
     low = max(s for s in SHARES if s <= max(0.0, min(found)))
