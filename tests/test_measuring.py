@@ -27,6 +27,13 @@ def test_drop_finds_the_smallest_ticket_that_holds():
     assert "within 8 points" in choice.reason
 
 
+@pytest.mark.parametrize("name", ["resnet8", "grouped"])
+def test_drop_lets_no_layer_die_that_nobody_asked_to_die(name):
+    found = family(name)
+    assert found.smallest > 1
+    assert choose_by_drop(found, lambda ticket: 0.9, 5.0, dense=0.9).count == found.smallest
+
+
 def test_drop_of_nothing_keeps_what_is_needed_for_it():
     choice = choose_by_drop(family("resnet8"), density_of, 0.0, dense=0.9)
     assert choice.ticket.density == 1.0

@@ -108,7 +108,7 @@ def choose_by_drop(
             f"{best:.4f}; allow at least {100 * (dense - best):.2f} points"
         )
     high = holding[0]
-    low = max((count for count in grid if count < high), default=0)
+    low = max((count for count in grid if count < high), default=high - 1)
     for _ in range(5):
         if high - low <= 1:
             break
