@@ -11,7 +11,7 @@ from torch import nn
 
 from dessilbi.certifying import probes_of
 from dessilbi.compaction import close, compact
-from dessilbi.proving import Proof, sparse_bytes
+from dessilbi.proving import Proof, measure_latency, sparse_bytes
 from dessilbi.testing import random_ticket
 from dessilbi.ticket import TensorSpec, Ticket
 from dessilbi.witness import tolerance
@@ -145,3 +145,15 @@ def test_probes_are_the_example_and_others_of_its_kind():
         assert not torch.equal(other["x"], x)
         assert 0 <= other["ids"].min() <= other["ids"].max() <= 3
         assert other["k"] == 3
+
+
+@pytest.mark.parametrize(("device", "waits"), [("meta", True), ("cpu", False)])
+def test_an_accelerator_is_waited_for_before_the_clock_is_read(monkeypatch, device, waits):
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: seen.append("wait"))
+    monkeypatch.setattr("time.perf_counter", lambda: float(len(seen) + bool(seen.append("clock"))))
+
+    measure_latency(lambda x: seen.append("call"), ((torch.empty(1, device=device),), {}), 1)
+
+    once = ["wait", "clock", "call", "wait", "clock"] if waits else ["clock", "call", "clock"]
+    assert seen == 3 * once

@@ -2,13 +2,14 @@
 """Proving: numbers before and after a compaction."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dessilbi.inputs import Arguments
 
@@ -129,14 +130,26 @@ def sparse_bytes(tensors: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> 
 def measure_latency(
     model: Callable[..., Any], arguments: Arguments, repeats: int
 ) -> tuple[float, float]:
-    """Return median and spread (half the range of the middle half) in milliseconds."""
+    """Return median and spread (half the range of the middle half) in milliseconds.
+
+    An accelerator that holds the inputs is waited for: calls return before it has done its work.
+    """
     args, kwargs = arguments
+    tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+    devices = {x.device for x in tensors if x.device.type != "cpu"}
     times = []
     with torch.no_grad():
         for _ in range(repeats + 2):
+            _wait_for(devices)
             start = time.perf_counter()
             model(*args, **kwargs)
+            _wait_for(devices)
             times.append(1e3 * (time.perf_counter() - start))
     times = sorted(times[2:])
     quarter = len(times) // 4
     return median(times), (times[-1 - quarter] - times[quarter]) / 2
+
+
+def _wait_for(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        torch.accelerator.synchronize(device)
