@@ -135,3 +135,15 @@ def test_what_makes_no_sense_is_refused():
     schedules = Schedules(optimizer, total_time=1.0, lam=lambda p: 1.0)
     with pytest.raises(ValueError, match="of other param groups or options"):
         schedules.load_state_dict({"time": 0.0, "bases": [{"nu": 1.0}]})
+
+
+@pytest.mark.parametrize("option", ["lam", "kappa"])
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan])
+def test_a_factor_that_no_group_may_hold_is_refused_and_nothing_moves(option, factor):
+    model, optimizer = build()
+    Schedules(optimizer, total_time=4.0, **{option: lambda p: factor if p > 0.04 else 1.0})
+    train(model, optimizer, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=f"schedule of {option} gives .* must be > 0 and finite"):
+        train(model, optimizer, 1, start=1)
+    assert all(map(torch.equal, before, model.parameters()))

@@ -87,8 +87,8 @@ class Schedules:
         optimizer: A DessiLBI (or wrapped) optimizer; watched from now on.
         total_time: T, see :func:`dessilbi.clock.total_time`.
         coupling: Of 1/nu; 0 switches the coupling off. ``piecewise(RAMP)`` ramps it up.
-        lam: Of lambda. Not beside DensityControl, which writes lambda itself.
-        kappa: Of kappa.
+        lam: Of lambda, > 0. Not beside DensityControl, which writes lambda itself.
+        kappa: Of kappa, > 0.
 
     Raises:
         ValueError: No group has a structure, nothing is scheduled, or T is not > 0 and finite.
@@ -147,6 +147,7 @@ class Schedules:
         for group, base in zip(self._groups(), self._bases, strict=True):
             for name, function in self._functions.items():
                 factor = function(progress)
+                _check_factor(name, factor, progress)
                 if name == "nu":
                     group[name] = base[name] / factor if factor > 0 else math.inf
                 else:
@@ -179,3 +180,14 @@ class Schedules:
         self.time, self._bases = float(state["time"]), bases
         if self.time > 0:
             self._apply()
+
+
+def _check_factor(name: str, factor: float, progress: float) -> None:
+    """Refuse what no group may hold: a lambda of 0 selects everything, a kappa of 0 nothing."""
+    if math.isfinite(factor) and (factor > 0 or (name == "nu" and factor == 0)):
+        return
+    told = "coupling" if name == "nu" else name
+    raise ValueError(
+        f"the schedule of {told} gives the factor {factor!r} at progress {progress:.3g}: it must "
+        f"be {'>=' if name == 'nu' else '>'} 0 and finite"
+    )

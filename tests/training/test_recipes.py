@@ -149,6 +149,8 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
         ("schedule.milestones=[0]", "milestones.0=0 is not allowed"),
         ("schedule.hold=1", "schedule.hold=1 is not allowed"),
         ("finetune.epochs=-1", "finetune.epochs=-1 is not allowed"),
+        ("moving.lam=[[0, 0], [1, 1]]", "moving.lam=.* is not allowed: its factors must be > 0"),
+        ("moving.kappa=[[0, 0]]", "moving.kappa=.* is not allowed: its factors must be > 0"),
         ("precision=fp8", "precision='fp8' is not allowed: .*'float32', 'bf16' or 'fp16'"),
         ("accumulate=0", "accumulate=0 is not allowed: .* greater than or equal to 1"),
         ("accumulate=3", "accumulate=3 is not allowed: batch_size=16 must be a multiple of it"),

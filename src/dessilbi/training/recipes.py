@@ -119,6 +119,13 @@ class MovingRecipe(_Part):
     lam: Points = ()
     kappa: Points = ()
 
+    @field_validator("lam", "kappa")
+    @classmethod
+    def _above_zero(cls, value: Points) -> Points:
+        if any(factor == 0 for _, factor in value):
+            raise ValueError("its factors must be > 0: only the coupling may be switched off")
+        return value
+
 
 class MaskedTraining(_Part):
     """SGD on the living weights of a ticket; dead ones stay zero."""
