@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning tickets of a finished run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import denormals_kept, own_copy, shared_run
+from torch import nn
 
 from dessilbi import Path
+from dessilbi.ticket import TensorSpec, Ticket
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.finetune import finetune, judge_ticket, judge_tickets, load_trained
 from dessilbi.training.recipes import FinetuneRecipe
@@ -64,6 +68,19 @@ def test_no_epochs_give_the_masked_model(trained, path):
     tuned = finetune(trained, ticket, FinetuneRecipe(epochs=0))
     expected = masked(trained.model, ticket, trained.data.train)
     assert all(map(torch.equal, tuned.state_dict().values(), expected.state_dict().values()))
+
+
+def test_no_epochs_give_statistics_that_fit_the_masked_model(trained, path):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(784)
+    model = nn.Sequential(nn.Flatten(), norm, nn.Linear(784, 10)).eval()
+    ticket = Ticket(
+        {"2.weight": torch.tensor([[True]])}, {"2.weight": TensorSpec((10, 784), (None, None))}
+    )
+    own = replace(trained, model=model)
+    tuned = finetune(own, ticket, FinetuneRecipe(epochs=0))
+    assert not norm.running_mean.any()
+    assert tuned[1].running_mean.any()
 
 
 def test_a_ticket_is_judged_before_and_after(trained, path):

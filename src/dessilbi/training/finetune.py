@@ -89,8 +89,11 @@ def sizes_of(run: Run) -> dict[str, int] | None:
 def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.Module:
     """Return a copy of the trained model, masked and trained further under the mask.
 
-    SGD on the living weights with the settings' schedule; dead blocks stay exactly zero.
+    SGD on the living weights with the settings' schedule; dead blocks stay exactly zero. No epochs
+    give what :func:`~dessilbi.training.evaluation.masked` returns.
     """
+    if not settings.epochs:
+        return masked(trained.model, ticket, trained.data.train)
     data, batch_size = trained.data, trained.recipe.batch_size
     model = deepcopy(trained.model)
     optimizer = SGD(
@@ -103,7 +106,7 @@ def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.M
     handle = ticket.enforce(model, optimizer)
     steps = settings.epochs * data.train.steps_per_epoch(batch_size)
     scheduler = LambdaLR(
-        optimizer, lambda step: multiplier(settings.schedule, step, max(1, steps), settings.epochs)
+        optimizer, lambda step: multiplier(settings.schedule, step, steps, settings.epochs)
     )
     model.train()
     with flushed_denormals():
