@@ -147,3 +147,11 @@ def test_the_command_line_says_how_many_epochs_were_saved(tmp_path):
     assert "The support never settled: all epochs were trained." in result.stdout
     again = call("train", "tiny.toml", *sets, "--set", STOP[-2], "--json")
     assert json.loads(again.stdout)["epochs_saved"] > 0
+
+
+def test_a_network_that_grows_is_not_told_to_stop(tmp_path):
+    with patch.object(loop, "train") as train:
+        result = call("train", "grow-digits", "--stop-when-ticket", "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "it does not go with stop: a network that grows has its own end" in result.stderr
+    assert not train.called

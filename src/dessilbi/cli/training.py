@@ -26,7 +26,6 @@ from dessilbi.columns import paragraph
 from dessilbi.runs import Run
 from dessilbi.training.recipes import (
     RecipeError,
-    StopRecipe,
     assigned,
     load_recipe,
     recipe_names,
@@ -126,7 +125,7 @@ def train(
     from dessilbi.training.progress import default_reporter
 
     if stop_when_ticket and chosen.stop is None:
-        chosen = chosen.model_copy(update={"stop": StopRecipe()})
+        chosen = validate_recipe({**chosen.model_dump(), "stop": {}}, origin=chosen.name)
     if parent is not None and ticket is not None:
         from dessilbi.training.iterating import next_round
 
