@@ -8,10 +8,13 @@ get better, and it is about as good as W itself.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dessilbi.path import Path
-from dessilbi.ticket import Ticket
+if TYPE_CHECKING:  # recipes take their defaults from here, before torch is loaded
+    from dessilbi.path import Path
+    from dessilbi.ticket import Ticket
 
+WINDOW, TOLERANCE, GAIN, GAP = 10, 0.05, 0.002, 0.02  # see settled
 ACCURACY, DENSE = "val_ticket_accuracy", "val_accuracy"
 
 
@@ -32,7 +35,7 @@ class Settled:
     gap: float = 0.0
 
 
-def distance(one: Ticket, two: Ticket) -> float:
+def distance(one: "Ticket", two: "Ticket") -> float:
     """Return the share of elements in which two tickets of one run differ.
 
     |A xor B| / |A or B| in elements, 0 where both are empty (Jaccard distance).
@@ -46,12 +49,12 @@ def distance(one: Ticket, two: Ticket) -> float:
 
 
 def settled(
-    path: Path,
+    path: "Path",
     *,
-    window: int = 10,
-    tolerance: float = 0.05,
-    gain: float = 0.002,
-    gap: float = 0.02,
+    window: int = WINDOW,
+    tolerance: float = TOLERANCE,
+    gain: float = GAIN,
+    gap: float = GAP,
     metric: str = ACCURACY,
     dense: str = DENSE,
 ) -> Settled | None:
@@ -82,12 +85,12 @@ def settled(
 
 
 def why_not(
-    path: Path,
+    path: "Path",
     *,
-    window: int = 10,
-    tolerance: float = 0.05,
-    gain: float = 0.002,
-    gap: float = 0.02,
+    window: int = WINDOW,
+    tolerance: float = TOLERANCE,
+    gain: float = GAIN,
+    gap: float = GAP,
     metric: str = ACCURACY,
     dense: str = DENSE,
 ) -> str:
@@ -111,7 +114,7 @@ def _check(window: int, **shares: float) -> None:
             raise ValueError(f"{name}={value!r} is not allowed: it must be from 0 to 1")
 
 
-def _moves(path: Path, window: int, metric: str, dense: str) -> Iterator[Settled]:
+def _moves(path: "Path", window: int, metric: str, dense: str) -> Iterator[Settled]:
     """How far each judged point with a support has moved over its window."""
     points = path.points
     judged = [index for index, point in enumerate(points) if metric in point.metrics]

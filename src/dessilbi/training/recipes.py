@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from dessilbi import settling
 from dessilbi.storage import told_by
 from dessilbi.training.growth_table import GrowRecipe
 from dessilbi.training.values import (
@@ -28,6 +29,7 @@ from dessilbi.training.values import (
     NonNegative,
     Points,
     Positive,
+    PositivePoints,
     Threshold,
     ascending,
     assign,
@@ -116,15 +118,8 @@ class MovingRecipe(_Part):
     """
 
     coupling: Points = ()
-    lam: Points = ()
-    kappa: Points = ()
-
-    @field_validator("lam", "kappa")
-    @classmethod
-    def _above_zero(cls, value: Points) -> Points:
-        if any(factor == 0 for _, factor in value):
-            raise ValueError("its factors must be > 0: only the coupling may be switched off")
-        return value
+    lam: PositivePoints = ()
+    kappa: PositivePoints = ()
 
 
 class MaskedTraining(_Part):
@@ -159,10 +154,10 @@ class StopRecipe(_Part):
     lie below that of W.
     """
 
-    window: Annotated[int, Field(ge=1)] = 10
-    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.05
-    gain: Annotated[float, Field(ge=0, le=1)] = 0.002
-    gap: Annotated[float, Field(ge=0, le=1)] = 0.02
+    window: Annotated[int, Field(ge=1)] = settling.WINDOW
+    tolerance: Annotated[float, Field(ge=0, le=1)] = settling.TOLERANCE
+    gain: Annotated[float, Field(ge=0, le=1)] = settling.GAIN
+    gap: Annotated[float, Field(ge=0, le=1)] = settling.GAP
 
 
 class Recipe(_Part):

@@ -55,6 +55,7 @@ def _line(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float],
 
 
 Points = Annotated[tuple[tuple[NonNegative, NonNegative], ...], AfterValidator(_line)]
+PositivePoints = Annotated[tuple[tuple[NonNegative, Positive], ...], AfterValidator(_line)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Density = Annotated[float, Field(gt=0, lt=1)]
 
