@@ -16,9 +16,11 @@ from zoo import build
 
 from dessilbi import compact, load_compact, save_compact
 from dessilbi.inputs import LARGEST, FixedInput, TensorInput, describe, draw
-from dessilbi.manifest import FILES, NAME, _canonical, _digest, read_manifest
+from dessilbi.manifest import FILES, NAME, read_manifest
 from dessilbi.registry import build_registered
 from dessilbi.saving import open_compact
+from dessilbi.sealing import checksum_of
+from dessilbi.storage import as_json
 from dessilbi.testing import random_ticket
 from dessilbi.ticket import Ticket
 
@@ -55,8 +57,8 @@ def rewrite(folder, change):
     told = json.loads((folder / NAME).read_text())
     change(told)
     told.pop("sha256")
-    told["sha256"] = _digest(told)
-    (folder / NAME).write_bytes(_canonical(told))
+    told["sha256"] = checksum_of(told)
+    (folder / NAME).write_bytes(as_json(told))
 
 
 def rehash(folder, name):

@@ -5,7 +5,6 @@ It says what was cut and holds the checksums of all files, its own included. Che
 and careless changes; who can write the folder can also write new checksums.
 """
 
-import hashlib
 import json
 from base64 import b64decode, b64encode
 from binascii import Error as NotBase64
@@ -18,8 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dessilbi.blueprint import Blueprint, Form, Size
 from dessilbi.cutting import Cut
 from dessilbi.folders import MANIFEST, kind_of
-from dessilbi.inputs import FixedInput, Input, TensorInput
-from dessilbi.storage import DamagedFileError, sha256_of, to_json, told_by, write_atomic
+from dessilbi.inputs import FixedInput, Input, Scalar, TensorInput
+from dessilbi.sealing import checksum_of
+from dessilbi.storage import (
+    LARGEST,
+    DamagedFileError,
+    as_json,
+    sha256_of,
+    to_json,
+    told_by,
+    write_json,
+)
 
 FORMAT = "dessilbi.compact"
 VERSION = 1
@@ -27,12 +35,10 @@ NAME = MANIFEST
 FileName = Literal["weights.safetensors", "witness.safetensors", "ticket.safetensors"]
 FILES: tuple[FileName, ...] = get_args(FileName)
 WEIGHTS, WITNESS, TICKET = FILES
-LARGEST = 64 << 20  # bytes
 
 Whole = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Scalar = None | bool | int | float | str
 
 
 class _Part(BaseModel):
@@ -215,8 +221,8 @@ def input_entries(inputs: tuple[Input, ...]) -> tuple[TensorEntry | FixedEntry, 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest with its own checksum."""
     told = json.loads(to_json(manifest.model_dump(mode="json")))
-    told["sha256"] = _digest(told)
-    write_atomic(folder / NAME, _canonical(told))
+    told["sha256"] = checksum_of(told)
+    write_json(folder / NAME, told)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -272,7 +278,7 @@ def _parse(path: Path, content: bytes) -> Manifest:
         )
     claimed = told.pop("sha256", None)
     try:
-        sound = claimed == _digest(told) and _canonical({**told, "sha256": claimed}) == content
+        sound = claimed == checksum_of(told) and as_json({**told, "sha256": claimed}) == content
     except (ValueError, RecursionError):  # half a surrogate pair has no bytes
         sound = False
     if not sound:
@@ -287,11 +293,3 @@ def _parse(path: Path, content: bytes) -> Manifest:
         field = ".".join(str(part) for part in first["loc"])
         message = first["msg"][:1].lower() + first["msg"][1:]
         raise DamagedFileError(f"{path}: {field} is not allowed: {message}") from None
-
-
-def _canonical(told: dict[str, Any]) -> bytes:
-    return (to_json(told, indent=2) + "\n").encode()
-
-
-def _digest(told: dict[str, Any]) -> str:
-    return hashlib.sha256(to_json(told).encode()).hexdigest()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dessilbi import __version__
 from dessilbi.blueprint import OtherModelError, rebuild
 from dessilbi.compaction import TOLERANCE, Compacted
+from dessilbi.inputs import Scalar
 from dessilbi.manifest import (
     FILES,
     TICKET,
@@ -38,7 +39,6 @@ from dessilbi.ticket import Ticket
 from dessilbi.witness import Verdict, Witness, tolerance
 
 Factory = Callable[[], nn.Module]
-Scalar = None | bool | int | float | str
 
 
 def save_compact(
