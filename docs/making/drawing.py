@@ -15,16 +15,16 @@ LEFT, MIDDLE, RIGHT = 30, 400, 770
 # name: (x, y, what it does, the files)
 BOXES = {
     "cli": (LEFT, 70, "command line", "cli/"),
-    "recipe": (LEFT, 200, "recipe, data, model", "training/recipes, setting"),
-    "loop": (LEFT, 330, "the loop", "training/session, loop"),
+    "recipe": (LEFT, 200, "recipe, data, model", "training/ recipes, setting"),
+    "loop": (LEFT, 330, "the loop", "training/ session, loop"),
     "optimizer": (LEFT, 460, "optimizer step", "optimizer, fusing, carrying"),
-    "kernel": (LEFT, 590, "kernel", "kernels/ reference, cpu, triton"),
+    "kernel": (LEFT, 590, "kernel", "kernels/ foreach, cpu, triton"),
     "path": (MIDDLE, 330, "path", "path, history, scores"),
     "dual": (MIDDLE, 590, "reading V", "dual"),
     "run": (MIDDLE, 200, "run folder", "runs, storage, sealing"),
     "ticket": (RIGHT, 590, "ticket", "selection, choosing, ticket"),
     "close": (RIGHT, 460, "close", "graph/, closing"),
-    "compact": (RIGHT, 330, "compact", "cutting, compaction"),
+    "compact": (RIGHT, 330, "compact", "compaction, candidates, cutting"),
     "certify": (RIGHT, 200, "certify, prove", "certifying, proving"),
     "ship": (RIGHT, 70, "smaller model, file", "saving, exporting"),
 }
@@ -35,9 +35,9 @@ ARROWS = [
     ("loop", "optimizer", "gradients g"),
     ("optimizer", "kernel", "W, g, m, V, ‖V‖² by block"),
     ("kernel", "dual", "V, ‖V‖²"),
-    ("dual", "path", "support of Γ, one bit a block"),
+    ("dual", "path", "support of Γ, ‖V‖/λ"),
     ("path", "run", "points, scores"),
-    ("dual", "ticket", "‖V‖/λ by block"),
+    ("run", "ticket", "path, scores, W"),
     ("ticket", "close", "block masks"),
     ("close", "compact", "closed masks"),
     ("compact", "certify", "kept indices"),
@@ -51,7 +51,8 @@ STYLE = """
 text { font-family: system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; fill: #1d2733; }
 .what { font-size: 17px; font-weight: 600; }
 .files { font-size: 12px; fill: #53616f; font-family: ui-monospace, Menlo, Consolas, monospace; }
-.flow { font-size: 13px; fill: #1a6480; font-style: italic; }
+.flow { font-size: 13px; fill: #1a6480; font-style: italic;
+  stroke: #f7f9fa; stroke-width: 6px; paint-order: stroke; }
 .title { font-size: 14px; fill: #53616f; }
 rect.box { fill: #ffffff; stroke: #7b8b99; stroke-width: 1.3; }
 rect.once { fill: #e9f3f6; stroke: #1a6480; }
@@ -73,7 +74,7 @@ def box(name: str) -> str:
 
 
 def arrow(start: str, end: str, flow: str) -> str:
-    """Draw one arrow, straight up, down or to the right, with what travels along it."""
+    """Draw one arrow, up, down or to the right (round a corner), with what travels along it."""
     (x0, y0, *_), (x1, y1, *_) = BOXES[start], BOXES[end]
     width, height = BOX
     if x0 == x1:
@@ -82,9 +83,10 @@ def arrow(start: str, end: str, flow: str) -> str:
         x = x0 + width / 2
         line, place = f"M{x} {begin}V{stop}", (x + 10, (begin + stop) / 2 + 5, "start")
     else:
-        y = y0 + height / 2
-        line = f"M{x0 + width} {y}H{x1 - 3}"
-        place = ((x0 + width + x1) / 2, y - 9, "middle")
+        y, end_y, middle = y0 + height / 2, y1 + height / 2, (x0 + width + x1) / 2
+        corner = f"H{middle}V{end_y}" if end_y != y else ""
+        line = f"M{x0 + width} {y}{corner}H{x1 - 3}"
+        place = (middle, (y + end_y) / 2 - (0 if corner else 9), "middle")
     x, y, anchor = place
     return (
         f'<path d="{line}" marker-end="url(#head)"/>'
