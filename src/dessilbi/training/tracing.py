@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tracing: what a run keeps beside its weights. A search has a path; masked training has none."""
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -22,29 +23,54 @@ from dessilbi.training.setting import Setting
 from dessilbi.training.watching import Watching
 
 
-class Trace(Protocol):
-    """What a session asks of it; every process asks at the same steps."""
+class Trace(ABC):
+    """What a session asks of it; every process asks at the same steps.
 
-    judge: Judge
+    Args:
+        setting: Of the run.
+        engine: Of the run.
+        watching: Who hears of it, and the run folder.
+        clock: Counts the seconds spent on judging.
+        checkpoint: Where to go on from; None: the beginning.
+    """
+
+    settled: Settled | None = None  # why the run may stop before its end
+
+    def __init__(
+        self,
+        setting: Setting,
+        engine: Engine,
+        watching: Watching,
+        clock: Clock,
+        checkpoint: Checkpoint | None,
+    ):
+        self.setting, self.engine, self.watching, self.clock = setting, engine, watching, clock
+        self.judge = Judge(setting, engine)
+        self._begin(checkpoint)
+
+    @abstractmethod
+    def _begin(self, checkpoint: Checkpoint | None) -> None:
+        """Start, or go on from a checkpoint."""
 
     @property
+    @abstractmethod
     def step(self) -> int:
         """Optimizer steps done."""
 
     @property
+    @abstractmethod
     def time(self) -> float:
         """Path time so far."""
 
-    @property
-    def settled(self) -> Settled | None:
-        """Why the run may stop before its end, or None."""
-
+    @abstractmethod
     def look(self, totals: Totals) -> bool:
         """Judge what the latest step completed; return whether there was anything."""
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
 
+    @abstractmethod
     def finish(self, totals: Totals) -> dict[str, Any]:
         """Judge the end, write final files, and return the outcome."""
 
@@ -61,27 +87,11 @@ def trace_of(
     return made(setting, engine, watching, clock, checkpoint)
 
 
-class PathTrace:
-    """The path of a search, judged here and there, and asked whether it has settled.
+class PathTrace(Trace):
+    """The path of a search, judged here and there, and asked whether it has settled."""
 
-    Args:
-        setting: Of the run.
-        engine: Of the run.
-        watching: Who hears of it, and the run folder.
-        clock: Counts the seconds spent on judging.
-        checkpoint: Where to go on from; None: the beginning.
-    """
-
-    def __init__(
-        self,
-        setting: Setting,
-        engine: Engine,
-        watching: Watching,
-        clock: Clock,
-        checkpoint: Checkpoint | None,
-    ):
-        self.setting, self.engine, self.watching, self.clock = setting, engine, watching, clock
-        self.judge = Judge(setting, engine)
+    def _begin(self, checkpoint: Checkpoint | None) -> None:
+        setting, engine, watching = self.setting, self.engine, self.watching
         self.path = Path(
             setting.optimizer,
             every=self.judge.every,
@@ -91,7 +101,7 @@ class PathTrace:
         )
         self._told: dict[str, float] = {}
         self._seen: int = checkpoint.facts["seen"] if checkpoint else 0  # the latest point told of
-        self.settled: Settled | None = self._asked()
+        self.settled = self._asked()
 
     @property
     def step(self) -> int:
@@ -177,35 +187,17 @@ class PathTrace:
         }
 
 
-class MaskedTrace:
-    """What a run without structure leaves: the accuracy it ends with, its own statistics fitted.
+class MaskedTrace(Trace):
+    """What a run without structure leaves: the accuracy it ends with, its own statistics fitted."""
 
-    Args:
-        setting: Of the run.
-        engine: Of the run.
-        watching: Who hears of it.
-        clock: Counts the seconds spent on judging.
-        checkpoint: Where to go on from; None: the beginning.
-    """
-
-    settled = None
-
-    def __init__(
-        self,
-        setting: Setting,
-        engine: Engine,
-        watching: Watching,
-        clock: Clock,
-        checkpoint: Checkpoint | None,
-    ):
-        self.setting, self.engine, self.watching, self.clock = setting, engine, watching, clock
-        self.judge = Judge(setting, engine)
+    def _begin(self, checkpoint: Checkpoint | None) -> None:
+        setting = self.setting
         kept: dict[str, Any] = checkpoint.facts["path"] if checkpoint else {}
         self._step, self._time = int(kept.get("step", 0)), float(kept.get("time", 0.0))
         self._before: dict[str, float] | None = kept.get("before")
         setting.optimizer.register_step_post_hook(self._after_step)
         if checkpoint is None and setting.start is not None and setting.start.trained:
-            with clock.of("judging"):
+            with self.clock.of("judging"):
                 self._before = self.judge.masked_now(again=setting.start.recalibrate)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
