@@ -33,9 +33,7 @@ from dessilbi.ticket import TensorSpec, Ticket
 
 STATE_KEY = "v"
 STRETCH = 0.01  # in units of nu/kappa
-OWN_LAM = (
-    "own_lam"  # in a param group: {place of a tensor: its lambda}, where it is not the group's
-)
+OWN_LAM = "own_lam"  # in a param group: a lambda for each tensor, where they are not the group's
 
 
 def dual_dtype(param: Tensor) -> torch.dtype:
@@ -62,12 +60,6 @@ def alpha_of(optimizer: Optimizer, group: dict[str, Any]) -> float | Tensor:
     told = getattr(optimizer, "alpha_of", None)
     alpha: float | Tensor = group["lr"] if told is None else told(group)
     return alpha
-
-
-def clock_of(optimizer: Optimizer) -> float:
-    """Return the step of path time: that of the first group with a structure."""
-    group = next(g for g in optimizer.param_groups if g.get("structure") is not None)
-    return float(alpha_of(optimizer, group))
 
 
 @dataclass(frozen=True, eq=False)

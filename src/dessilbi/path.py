@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from dessilbi import dual
 from dessilbi.choosing import QUANTITIES, Family
+from dessilbi.clock import alpha_now
 from dessilbi.folders import kind_of
 from dessilbi.forecast import entry_times
 from dessilbi.graph.program import ExampleInputs
@@ -173,7 +174,7 @@ class Path:
         if is_phantom_step(optimizer):
             return
         self.step += 1
-        self.time += dual.clock_of(optimizer)
+        self.time += alpha_now(optimizer)
         if self.step % self._interval:
             return
         self._record()
@@ -204,8 +205,7 @@ class Path:
         self._history.add(Point(self.step, self.time, support.density), support)
         total = self._total_time
         if total is None and self._total_steps is not None:
-            left = max(0, self._total_steps - self.step)
-            total = self.time + left * dual.clock_of(optimizer)
+            total = self.time + max(0, self._total_steps - self.step) * alpha_now(optimizer)
         if total is not None:
             self._hint.look(optimizer, self.time, total, entered=support.kept_elements > 0)
 
