@@ -110,6 +110,7 @@ def test_studies_without_a_name_lie_in_the_run(run):
     [
         ([], ["give either RUN or --resume DIR"]),
         (["RUN"], ["exactly one of --ticket and --density"]),
+        (["RUN", "--density", 2], ["--density 2.0 is not allowed: it must be in (0, 1]"]),
         (["RUN", "--density", 0.5, "--ticket", "t"], ["exactly one of --ticket and --density"]),
         (["RUN", "--density", 0.5, "--all", "--mode", "rewind"], ["either --mode or --all"]),
         (["RUN", "--density", 0.5, "--data", "."], ["--data names a data set here", "--data-dir"]),

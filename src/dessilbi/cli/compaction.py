@@ -11,8 +11,10 @@ import typer
 from dessilbi.cli.family import ticket_or_density
 from dessilbi.cli.terminal import (
     DataOption,
+    DensityOption,
     JsonOption,
     RunArgument,
+    TicketOption,
     data_root,
     fail,
     guarded,
@@ -39,8 +41,8 @@ class FormatName(StrEnum):
 @guarded
 def compact(
     run: RunArgument,
-    density: Annotated[float | None, typer.Option(help="Share of weights to keep.")] = None,
-    ticket: Annotated[FilePath | None, typer.Option(help="A ticket file of this run.")] = None,
+    density: DensityOption = None,
+    ticket: TicketOption = None,
     out: Annotated[FilePath | None, typer.Option(help="The folder to make.")] = None,
     multiple_of: Annotated[int, typer.Option(min=1, help="Round widths up to a multiple.")] = 1,
     data: DataOption = None,
@@ -49,8 +51,6 @@ def compact(
     """Make a physically smaller model of one ticket, with proof that it computes the same."""
     if (density is None) == (ticket is None):
         raise fail("give exactly one of --density and --ticket", 2)
-    if density is not None and not 0 < density <= 1:
-        raise fail(f"--density {density} is not allowed: it must be in (0, 1]", 2)
     from dessilbi.reporting.tables import proof_text
     from dessilbi.shrinking import save_shrunk, shrink
     from dessilbi.training.finetune import load_trained

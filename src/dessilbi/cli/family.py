@@ -9,6 +9,7 @@ import typer
 
 from dessilbi.cli.terminal import (
     DataOption,
+    DensityOption,
     JsonOption,
     RunArgument,
     check_ending,
@@ -64,7 +65,7 @@ def path(
 @guarded
 def ticket(
     run: RunArgument,
-    density: Annotated[float | None, typer.Option(help="Share of weights to keep.")] = None,
+    density: DensityOption = None,
     params: Annotated[
         float | None, typer.Option(help="Parameters at most; up to 1: a share of the dense ones.")
     ] = None,
@@ -102,8 +103,6 @@ def ticket(
             raise fail("--list shows all of the family: leave out budgets, moments and --out", 2)
         _list(Drawer(Run(run), data_root=data_root(data)), chosen_order, as_json=as_json)
         return
-    if density is not None and not 0 < density <= 1:
-        raise fail(f"--density {density} is not allowed: it must be in (0, 1]", 2)
     try:
         wish = Wish(**asked, order=chosen_order)  # type: ignore[arg-type]
     except ValueError as error:

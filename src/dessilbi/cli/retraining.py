@@ -13,12 +13,14 @@ from dessilbi.cli.terminal import (
     DeviceOption,
     JsonOption,
     RunArgument,
+    TicketOption,
     check_new,
     console,
     data_root,
     fail,
     guarded,
     print_json,
+    share,
 )
 from dessilbi.runs import Run, free_path
 from dessilbi.storage import write_json
@@ -40,8 +42,10 @@ def retrain(
     run: Annotated[
         FilePath | None, typer.Argument(help="A run folder.", metavar="RUN", show_default=False)
     ] = None,
-    ticket: Annotated[FilePath | None, typer.Option(help="A ticket file of this run.")] = None,
-    density: Annotated[float | None, typer.Option(help="Or the share of weights to keep.")] = None,
+    ticket: TicketOption = None,
+    density: Annotated[
+        float | None, typer.Option(help="Or the share of weights to keep.", callback=share)
+    ] = None,
     mode: Annotated[ModeName | None, typer.Option(help="From which weights.")] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Every mode: the ticket and its controls.")

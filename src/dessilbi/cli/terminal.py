@@ -102,6 +102,22 @@ def _sentence(error: object) -> str:
     return "; ".join([f"could not read or write{where}: {error.strerror}", *advice])
 
 
+def share(value: float | None) -> float | None:
+    """Refuse a density that is none, with the code of bad usage."""
+    if value is not None and not 0 < value <= 1:
+        raise fail(f"--density {value} is not allowed: it must be in (0, 1]", 2)
+    return value
+
+
+# What the commands on tickets have in common.
+DensityOption = Annotated[
+    float | None, typer.Option("--density", help="Share of weights to keep.", callback=share)
+]
+TicketOption = Annotated[
+    FilePath | None, typer.Option("--ticket", help="A ticket file of this run.")
+]
+
+
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
     """Turn what a command raises into one sentence and an exit code."""
 
