@@ -10,9 +10,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path as FilePath
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from handmade import EVIL, PER_EPOCH, QUOTES, SCRIPT, handmade
 from tiny import train_tiny
 from typer.testing import CliRunner
@@ -20,7 +22,8 @@ from typer.testing import CliRunner
 from dessilbi import Path
 from dessilbi.cli import app
 from dessilbi.drawing import Drawer, Wish
-from dessilbi.reporting import palette, plots
+from dessilbi.history import NEVER
+from dessilbi.reporting import blockfigures, palette, plots
 from dessilbi.reporting.comparison import growth_charts, macs_chart
 from dessilbi.reporting.evidence import evidence_of, labels_of
 from dessilbi.reporting.frames import MOST, frames_of
@@ -31,6 +34,7 @@ from dessilbi.reporting.svg import to_svg
 from dessilbi.runs import Run, status_of
 from dessilbi.sealing import sealed
 from dessilbi.storage import DamagedFileError, append_line, write_json
+from dessilbi.ticket import TensorSpec
 
 
 class Reader(HTMLParser):
@@ -495,3 +499,10 @@ def test_accuracies_near_one_are_told_apart_and_one_itself_has_a_place(values, k
     assert all(0 <= place <= 1 for place in places)
     assert places == sorted(set(places))
     assert len(scale.ticks()) >= 3
+
+
+def test_the_first_entry_of_a_filter_is_that_of_its_own_block_also_where_parts_are_packed():
+    spec = TensorSpec((4, 1, 3, 3), ((1, 1), None, None, None))  # blocks {0, 2} and {1, 3}
+    entry = torch.tensor([7, NEVER]).reshape(spec.grid)
+    path = SimpleNamespace(specs={"conv": spec}, entry=lambda: {"conv": entry})
+    assert blockfigures._entry_by_filter(path, "conv") == [7, -1, 7, -1]

@@ -26,7 +26,7 @@ from dessilbi.reporting.pixels import Pixel
 from dessilbi.reporting.scales import Scale, around
 from dessilbi.reporting.summary import thinned
 from dessilbi.sealing import check_sealed
-from dessilbi.structure import block_norms
+from dessilbi.structure import block_norms, expand
 from dessilbi.tensorfiles import load_tensors
 
 CELLS = 240  # of a row of the entry map
@@ -252,12 +252,9 @@ def filter_sheet(found: Evidence) -> FilterSheet | None:
 
 def _entry_by_filter(path: Path, name: str) -> list[int]:
     """The first entry of anything of each filter; -1: never."""
-    entry = path.entry()[name].flatten(1) if path.entry()[name].dim() > 1 else path.entry()[name]
-    filters = path.specs[name].shape[0]
-    if entry.shape[0] != filters:  # blocks of several filters
-        entry = entry.repeat_interleave(math.ceil(filters / entry.shape[0]), 0)[:filters]
-    never = torch.iinfo(torch.int64).max
-    first = entry.reshape(filters, -1).masked_fill(entry.reshape(filters, -1) == NEVER, never)
+    spec, never = path.specs[name], torch.iinfo(torch.int64).max
+    entry = path.entry()[name]
+    first = expand(entry.masked_fill(entry == NEVER, never), spec.block, spec.shape).flatten(1)
     return [-1 if step == never else step for step in first.amin(1).tolist()]
 
 

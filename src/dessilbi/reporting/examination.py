@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examination: what can be known of a recipe before it trains."""
 
-import math
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -40,12 +39,9 @@ def examine(recipe: Recipe, data_root: str | None) -> Iterator[tuple[str, str]]:
 
 
 def _clock(setting: Setting, steering: Steering) -> Iterator[tuple[str, str]]:
-    clock, told = steering.clock, steering.describe()
+    clock = steering.clock
     yield "recipe", f"{setting.recipe.name}: {clock.num_steps:,} steps"
-    nus = {float(group["nu"]) for group in setting.optimizer.param_groups if group["structure"]}
-    kappa = setting.recipe.optimizer.kappa
-    ratio = min((kappa * clock.total / nu for nu in nus), default=math.inf)
-    yield "coupling", told or f"R = kappa T/nu = {ratio:.3g} (T = {clock.total:.4g})"
+    yield "coupling", steering.describe()
     if clock.standing_still > 0.05:
         yield (
             "clock",
