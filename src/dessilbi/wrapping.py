@@ -85,14 +85,7 @@ def wrap(
     ['exp_avg', 'exp_avg_sq', 'step', 'v']
     """
     _check_base(base, path_lr)
-    options = {
-        "kappa": kappa,
-        "nu": nu,
-        "lam": lam,
-        "structure": structure,
-        "unit": unit,
-        "block_scale": block_scale,
-    }
+    options = dict(zip(OPTIONS, (kappa, nu, lam, structure, unit, block_scale), strict=True))
     return Wrapped(base, options, path_lr, fused)
 
 
@@ -202,6 +195,8 @@ class Wrapped(Optimizer):
         except Exception:
             self.base.param_groups.pop()
             raise
+        if self._fused and self.base.param_groups[-1]["structure"] is not None:
+            fusing.prepare(self.base.param_groups[-1]["params"])
 
     def alpha_of(self, group: dict[str, Any]) -> float | Tensor:
         """Return alpha = lr/kappa, the step of path time."""
