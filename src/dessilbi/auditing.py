@@ -11,7 +11,7 @@ from pathlib import Path as FilePath
 from typing import Literal
 
 from dessilbi.folders import STUDY
-from dessilbi.history import History
+from dessilbi.history import BELIEVED, History
 from dessilbi.manifest import FILES, read_manifest
 from dessilbi.manifest import NAME as MANIFEST
 from dessilbi.runs import Run
@@ -169,7 +169,7 @@ def _read(run: Run, log: FilePath) -> None:
                 run.checkpoints.glob("step-*")
             ):
                 return  # killed in its first line: without checkpoint the run begins anew
-        History.load(log, largest=max(1 << 26, run.weight_bytes))
+        History.load(log, largest=max(BELIEVED, run.weight_bytes))
     else:
         for _ in read_lines(log):
             pass

@@ -33,7 +33,7 @@ from dessilbi.path import Path
 from dessilbi.planting import Init, Plant, built, stiff
 from dessilbi.proving import check_finite
 from dessilbi.ticket import Ticket
-from dessilbi.widening import Change, Sizes, block_takes, find_change, widths_of
+from dessilbi.widening import Change, Sizes, find_change, takes_of, widths_of
 
 TOLERANCE = 1e-9  # of the float64 certificate; exact growth reaches 1e-15
 
@@ -115,12 +115,7 @@ class Grown:
         Raises:
             ValueError: No optimizer was given to :func:`grow`, or the path watches another.
         """
-        optimizer, cuts = self._optimizer("path"), self.change.cuts
-        takes = {
-            name: block_takes(spec, cuts.get(name, ()), name=name)
-            for name, spec in path.history.specs.items()
-        }
-        path.move(optimizer, takes)
+        path.move(self._optimizer("path"), takes_of(path.history.specs, self.change.cuts))
         return path
 
     def _optimizer(self, what: str) -> torch.optim.Optimizer:
@@ -196,8 +191,8 @@ def grow_on(
     """Do what :func:`grow` says, on a graph that is already read."""
     if optimizer is not None:
         check_grows(optimizer, model, change.cuts)
-        for member in named_members(optimizer) if _has_structure(optimizer) else ():
-            block_takes(member.spec, change.cuts.get(member.name, ()), name=member.name)
+        members = named_members(optimizer) if _has_structure(optimizer) else ()
+        takes_of({member.name: member.spec for member in members}, change.cuts)  # none is torn
     references, notes = _references(model, example_inputs)
     try:
         others = [built(each.model, change, plant) for each in references]

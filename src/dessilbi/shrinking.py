@@ -90,8 +90,7 @@ def shrink(
 
 def example_of(trained: Trained) -> Tensor:
     """Return the first training sample as a batch of one."""
-    inputs, _ = next(iter(trained.data.train.in_order(1, limit=1)))
-    return inputs
+    return trained.data.train.examples(1)[0]
 
 
 @torch.no_grad()

@@ -262,6 +262,15 @@ def block_takes(spec: TensorSpec, cuts: tuple[Cut, ...], *, name: str) -> tuple[
     return tuple(takes)
 
 
+def takes_of(specs: Mapping[str, TensorSpec], cuts: Cuts) -> dict[str, tuple[list[int], ...]]:
+    """Return :func:`block_takes` of every tensor, by name.
+
+    Raises:
+        ValueError: Blocks of one would be torn.
+    """
+    return {n: block_takes(spec, cuts.get(n, ()), name=n) for n, spec in specs.items()}
+
+
 def _lines(cut: Cut, length: int | tuple[int, ...]) -> list[int] | None:
     """Return which block each block was, -1: it is new; None: one is torn."""
     if cut.groups > 1 or len(cut.index) % extent(length, len(cut.index)):

@@ -168,8 +168,8 @@ def batch_norm(
 ) -> Tensor:
     """Every channel by itself; masking its affine makes a dead channel exactly 0."""
     ids = reader.channels(reader.labels_of(x), 1)
-    for value, role in ((weight, "follower"), (bias, "follower")):
-        reader.follow(value, 0, ids, role)
+    for value in (weight, bias):
+        reader.follow(value, 0, ids, "follower")
     for value in (mean, var):
         reader.follow(value, 0, ids, "statistic")
     closed = isinstance(weight, Weight) and isinstance(bias, Weight)

@@ -29,7 +29,7 @@ from dessilbi.training.growth_table import GrowRecipe
 from dessilbi.training.ingredients import init_of, model_of
 from dessilbi.training.setting import Setting, setting_with
 from dessilbi.training.widths import plain, wanted, within
-from dessilbi.widening import Change, block_takes, widths_of
+from dessilbi.widening import Change, takes_of, widths_of
 
 TRAINING = 3  # a training step costs about as much as so many forward passes
 FEWEST = 2  # blocks that stay in every unit: one alone could not be told from the layer
@@ -199,12 +199,8 @@ class Growing:
             small = compact(
                 setting.model, closed, example_inputs=self.example, optimizer=setting.optimizer
             )
-        takes = {
-            name: block_takes(spec, small.cuts.get(name, ()), name=name)
-            for name, spec in path.history.specs.items()
-        }
         assert small.optimizer is not None
-        path.move(small.optimizer, takes)
+        path.move(small.optimizer, takes_of(path.history.specs, small.cuts))
         after = read_graph(small.model, self.example)
         before = widths_of(graph)
         lost = {n: before[n] - w for n, w in widths_of(after).items() if before.get(n, w) > w}
