@@ -240,3 +240,9 @@ def test_a_layer_of_zeros_is_ranked_last_by_relative_scores():
     scores = {"dead": torch.zeros(2), "alive": torch.tensor([1.0, 2.0])}
     relative = rank([scores], specs, NO_UNITS, floor=0, relative=True)
     assert in_order(relative) == [1, 0, 1, 0]
+
+
+def test_tensors_without_elements_are_no_ranking():
+    spec = TensorSpec((0, 4), (1, None))
+    with pytest.raises(ValueError, match="no structured tensor has elements"):
+        rank([{"empty": torch.zeros(spec.grid)}], {"empty": spec}, NO_UNITS)

@@ -109,8 +109,13 @@ def rank(
 
     Returns:
         The ranking.
+
+    Raises:
+        ValueError: No tensor has elements.
     """
     leaders = leaders_of(specs, units)
+    if not leaders:
+        raise ValueError("no structured tensor has elements, so there is nothing to rank")
     tensor_of = np.concatenate(
         [np.full(specs[names[0]].num_blocks, i) for i, names in enumerate(leaders)]
     )
