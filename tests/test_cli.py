@@ -142,7 +142,7 @@ def test_tensorboard_curves_lie_in_the_run(recipe, tmp_path):
 def test_tensorboard_that_is_missing_is_one_sentence(recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     result = call(*quick(recipe, "--out", tmp_path / "run", "--tensorboard"))
-    assert_failed(result, 1, "pip install tensorboard")
+    assert_failed(result, 1, "pip install 'dessilbi[tensorboard]'")
     assert not (tmp_path / "run").exists()
 
 

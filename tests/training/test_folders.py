@@ -182,5 +182,5 @@ def test_folders_have_no_length(folder):
 
 def test_without_torchvision_folders_say_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(ImportError, match=r"folder is decoded with torchvision.*pip install torch"):
+    with pytest.raises(ImportError, match=r"folder is decoded with torchvision.*\[vision\]'"):
         load(folder)

@@ -215,7 +215,7 @@ def test_nothing_is_fetched_unless_asked_for(tmp_path, monkeypatch):
 
 def test_a_download_without_torchvision_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(ImportError, match=r"run pip install torchvision"):
+    with pytest.raises(ImportError, match=r"pip install 'dessilbi\[vision\]'"):
         load(root=tmp_path, download=True)
 
 

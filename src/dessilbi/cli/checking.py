@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dessilbi.cli.terminal import DataOption, SetOption, data_root, guarded
+from dessilbi.cli.terminal import DataOption, SetOption, data_root, guarded, known_recipes
 from dessilbi.columns import paragraph
 
 
@@ -13,7 +13,10 @@ from dessilbi.columns import paragraph
 def doctor(
     recipe: Annotated[
         str | None,
-        typer.Argument(help="Examine this recipe instead: its clock, step and first entries."),
+        typer.Argument(
+            help="Examine this recipe instead: its clock, step and first entries.",
+            autocompletion=known_recipes,
+        ),
     ] = None,
     assignments: SetOption = None,
     data: DataOption = None,

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from dessilbi.cli.terminal import JsonOption, SetOption, guarded, print_json
+from dessilbi.cli.terminal import JsonOption, RecipeName, SetOption, guarded, print_json
 from dessilbi.training.recipes import RecipeError, load_recipe
 
 
 @guarded
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a TOML file.")],
+    recipe: RecipeName,
     assignments: SetOption = None,
     coupled: Annotated[
         bool, typer.Option("--coupled", help="Couple filters that are removed together.")

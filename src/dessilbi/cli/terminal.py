@@ -21,7 +21,7 @@ from rich.console import Console
 from dessilbi.columns import WIDTH, printable
 from dessilbi.runs import TrainingError
 from dessilbi.storage import to_json
-from dessilbi.training.recipes import RecipeError
+from dessilbi.training.recipes import RecipeError, recipe_names
 
 P = ParamSpec("P")
 DATA_VARIABLE = "DESSILBI_DATA"
@@ -47,9 +47,20 @@ class DeviceName(StrEnum):
     MPS = "mps"
 
 
+def known_recipes(incomplete: str) -> list[str]:
+    """The recipes whose names begin so, for the shell's completion; it adds files itself."""
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str, typer.Argument(help="A recipe's name, or a TOML file.", autocompletion=known_recipes)
+]
 # What the commands that train have in common.
 RecipeArgument = Annotated[
-    str | None, typer.Argument(help="A recipe's name, or a TOML file.", show_default=False)
+    str | None,
+    typer.Argument(
+        help="A recipe's name, or a TOML file.", show_default=False, autocompletion=known_recipes
+    ),
 ]
 OutOption = Annotated[FilePath | None, typer.Option("--out", help="The run folder to make.")]
 ResumeOption = Annotated[
@@ -131,6 +142,12 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise fail("terminated; what was already written is kept", 143) from None
         except KeyboardInterrupt:
             raise fail("interrupted; what was already written is kept", 130) from None
+        except BrokenPipeError as error:
+            if getattr(error, "__notes__", ()):  # it says how to go on
+                raise fail(error, 1) from None
+            # Whoever reads, head for one, has read enough: nothing of this was an error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         except OSError as error:
             raise fail(error, 1) from None
         except (ValueError, ImportError, TrainingError) as error:

@@ -14,6 +14,7 @@ from dessilbi.cli.terminal import (
     JsonOption,
     OutOption,
     RecipeArgument,
+    RecipeName,
     ResumeOption,
     SetOption,
     data_root,
@@ -227,7 +228,7 @@ def _list(context: typer.Context) -> None:
 @recipes.command()
 @guarded
 def show(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a TOML file.")],
+    recipe: RecipeName,
     assignments: SetOption = None,
 ) -> None:
     """Print every value of a recipe, as a TOML file to start one's own from."""

@@ -81,5 +81,5 @@ def check_tensorboard() -> None:
     except ImportError:
         raise ImportError(
             "--tensorboard needs the package tensorboard, which is not installed: "
-            "pip install tensorboard"
+            "pip install 'dessilbi[tensorboard]'"
         ) from None

@@ -60,7 +60,7 @@ def fetch(root: Path, folder: Path, *, name: str, dataset: str) -> None:
     except ImportError as error:
         raise ImportError(
             f"--download fetches {name} with torchvision, which is not installed: "
-            f"run pip install torchvision, or put the files into {folder} yourself"
+            f"pip install 'dessilbi[vision]', or put the files into {folder} yourself"
         ) from error
     try:
         # One part is enough: torchvision always fetches all files.

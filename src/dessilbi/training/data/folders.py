@@ -229,7 +229,7 @@ def _listed(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[str]]:
     except ImportError as error:
         raise ImportError(
             f"{name} is decoded with torchvision, which is not installed: "
-            f"run pip install torchvision"
+            f"pip install 'dessilbi[vision]'"
         ) from error
     try:
         found = ImageFolder(str(folder))

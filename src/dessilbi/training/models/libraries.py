@@ -35,7 +35,7 @@ def build_from_library(
     except ImportError as error:
         raise ImportError(
             f"model {library}:{name} needs {library}, which is not installed: "
-            f"run pip install {library}"
+            f"pip install 'dessilbi[vision]'"
         ) from error
     if library == "timm":
         return _from_timm(package, name, num_classes, in_channels, side)
