@@ -38,8 +38,9 @@ format: .venv/dev  ## rewrite the sources in the house format
 test: .venv/dev  ## everything a user's machine can run
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not full"
 
-test-full: .venv/dev  ## test, and the long checks
+test-full: .venv/dev  ## test, the long checks, and the library on the oldest torch allowed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	PYTHON=$(PYTHON) sh tests/oldest_torch.sh .venv-oldest
 
 evidence: .venv/dev  ## measure what is missing of docs/evidence.md (hours; DESSILBI_DATA, MINUTES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.run --workers 2 --minutes $(MINUTES)
@@ -52,4 +53,4 @@ docs: .venv/dev  ## build the documents as a web site into site/
 	$(BIN)/python docs/making/site.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build site
+	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build site

@@ -19,8 +19,8 @@ interrupted. `--json` prints strict JSON and nothing else. Tables fit 80 columns
 a terminal alone, and none where `NO_COLOR` is set. This page is written by
 [write_commands.py](write_commands.py).
 
-`dessilbi --install-completion` lets bash, zsh or fish complete commands, options, recipes and files, in
-shells that are opened from then on; `--show-completion` prints what it would install.
+`dessilbi --install-completion` lets bash, zsh or fish complete commands, options, recipes and files
+in shells that are opened from then on; `--show-completion` prints what it would install.
 
 ## Examples
 

@@ -25,6 +25,7 @@ from dessilbi.pathlines import (
     Point,
     Takes,
     line_checksum,
+    new_file,
     number_or_word,
     plain_metric,
     read_specs,
@@ -81,9 +82,7 @@ class History:
         self._last: Bytes = np.zeros(self._num_bytes, np.uint8)
         self._chain = 0
         self.first_step: int | None = None
-        self.file = None if file is None else FilePath(file)
-        if self.file is not None and self.file.exists():
-            raise FileExistsError(f"{file} exists already: a path is never overwritten")
+        self.file = None if file is None else new_file(file)
         self._write(self._header())
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the lines of a path's file hold: checksums, metrics, and changes of size."""
+"""What the lines of a path's file hold: checksums, metrics, changes of size; where it begins."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -52,6 +52,19 @@ class OtherTensorsError(ValueError):
 
     def __init__(self, file: str | FilePath):
         super().__init__(f"{file} is the path of other tensors than this optimizer's")
+
+
+def new_file(file: str | FilePath) -> FilePath:
+    """Return the place of a path that begins, in a folder that is made where it is missing.
+
+    Raises:
+        FileExistsError: There is a file already.
+    """
+    place = FilePath(file)
+    if place.exists():
+        raise FileExistsError(f"{file} exists already: a path is never overwritten")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 def read_specs(tensors: Mapping[str, Any]) -> dict[str, TensorSpec]:

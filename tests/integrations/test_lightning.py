@@ -2,6 +2,7 @@
 """Lightning: the optimizer as any other, and a path that lives through Lightning's checkpoints."""
 
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from dessilbi import DessiLBI, Path, param_groups
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its dependencies say of each other at import
-    lightning = pytest.importorskip("pytorch_lightning")
+    both = [n for n in ("pytorch_lightning", "lightning.pytorch") if find_spec(n.split(".")[0])]
+    lightning = pytest.importorskip(both[0] if both else "pytorch_lightning")  # one library
 
 from dessilbi.integrations.lightning import PathCallback
 

@@ -19,7 +19,8 @@ from handmade import EVIL, PER_EPOCH, QUOTES, SCRIPT, handmade
 from tiny import train_tiny
 from typer.testing import CliRunner
 
-from dessilbi import Path
+import dessilbi
+from dessilbi import DessiLBI, Path, param_groups
 from dessilbi.cli import app
 from dessilbi.drawing import Drawer, Wish
 from dessilbi.history import NEVER
@@ -412,6 +413,58 @@ def test_figures_as_png_are_pictures(tmp_path):
     assert len(files) == len(wanted) >= 3
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", file.name) for file in files)
+
+
+@pytest.fixture(scope="module")
+def own_loop(tmp_path_factory):
+    """The folder of a loop of one's own, with nothing in it but a path and what it logged."""
+    folder = tmp_path_factory.mktemp("own") / "loop"
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 4)
+    optimizer = DessiLBI(param_groups(layer, {"weight": "neuron"}), lr=0.1, nu=1.0, lam=0.2)
+    path = Path(optimizer, every=2, file=folder / "path.jsonl")
+    for step in range(12):
+        optimizer.zero_grad()
+        (layer(torch.eye(6)) - torch.arange(4.0)).square().mean().backward()
+        optimizer.step()
+        if step % 2:
+            path.log(epoch=step / 2, accuracy=0.5, ticket_accuracy=step / 24)
+    path.close()
+    assert path.points[-1].density > 0
+    assert [file.name for file in folder.iterdir()] == ["path.jsonl"]
+    return folder, path
+
+
+def test_a_loop_of_ones_own_has_a_page_as_well(own_loop):
+    folder, path = own_loop
+    page = report_of([folder]).html()
+    reader = Reader(page)
+    (run,) = frames_in(reader)
+    assert [frame["at"]["density"] or 0.0 for frame in run["frames"]] == [
+        point.density for point in path.points
+    ]
+    assert run["frames"][-1]["shown"]["ticket"] == in_percent(11 / 24)
+    assert "This path was recorded outside of dessilbi train" in page
+    assert "None" not in page
+    assert "unknown" not in reader.texts["h1"]
+
+
+def test_its_page_says_how_to_load_each_ticket(own_loop):
+    folder, path = own_loop
+    (run,) = frames_in(Reader(report_of([folder]).html()))
+    line = run["frames"][-1]["shown"]["command"]
+    ticket = eval(line, {"dessilbi": dessilbi})
+    assert ticket.density == path.ticket(step=path.points[-1].step).density > 0
+
+
+def test_it_stands_beside_other_runs(own_loop, tmp_path):
+    page = report_of([own_loop[0], handmade(tmp_path / "run").folder]).html()
+    assert "These runs are of different data (digits, unknown)" in page
+
+
+def test_a_folder_without_recipe_and_path_is_still_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"it has no recipe\.json"):
+        report_of([tmp_path])
 
 
 def test_png_without_matplotlib_is_refused_in_one_sentence(monkeypatch, tmp_path):

@@ -6,16 +6,23 @@
 
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from dessilbi.integrations.recording import Recorder
 from dessilbi.path import Path
 
-if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
-    from pytorch_lightning import Callback, LightningModule, Trainer
-else:  # the same library under its other name
-    from lightning.pytorch import Callback, LightningModule, Trainer
+OTHER_NAME = "lightning.pytorch"  # of the same library; it counts where it is in use, or alone
+try:
+    if TYPE_CHECKING or (OTHER_NAME not in sys.modules and find_spec("pytorch_lightning")):
+        from pytorch_lightning import Callback, LightningModule, Trainer
+    else:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError(
+        f"the callback needs Lightning ({error}): pip install 'dessilbi[lightning]'"
+    ) from error
 
 
 class PathCallback(Callback):
@@ -71,9 +78,7 @@ class PathCallback(Callback):
         Raises:
             ValueError: No fit has begun yet.
         """
-        if self._recorder.path is None:
-            raise ValueError("there is no path yet: it is made when trainer.fit begins")
-        return self._recorder.path
+        return self._recorder.begun("trainer.fit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch the optimizer, whose state has been restored by now."""

@@ -70,6 +70,16 @@ class Recorder:
         )
         return self.path
 
+    def begun(self, call: str) -> Path:
+        """Return the path of the current or last training.
+
+        Raises:
+            ValueError: None has begun; ``call`` is what begins one.
+        """
+        if self.path is None:
+            raise ValueError(f"there is no path yet: it is made when {call} begins")
+        return self.path
+
     def state(self) -> dict[str, Any]:
         """Return where the path stands, as plain values; nothing before :meth:`begin`."""
         if self.path is None or self.path.history.file is None:

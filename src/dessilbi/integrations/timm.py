@@ -15,12 +15,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from timm.optim._optim_factory import OptimInfo, default_registry
 from torch import Tensor
 
 from dessilbi.integrations.recording import name_parameters
 from dessilbi.optimizer import DessiLBI
 from dessilbi.structure import Structure
+
+try:
+    from timm.optim._optim_factory import OptimInfo, default_registry
+except ImportError as error:
+    raise ImportError(
+        f"timm's registry needs timm ({error}): pip install 'dessilbi[vision]'"
+    ) from error
 
 __all__ = ["name_parameters", "structured_by_shape"]
 

@@ -12,9 +12,6 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.groups import Rules, param_groups
@@ -22,6 +19,15 @@ from dessilbi.integrations.recording import Recorder
 from dessilbi.optimizer import DessiLBI
 from dessilbi.path import Path
 from dessilbi.runs import Run
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import ExportableState
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError as error:
+    raise ImportError(
+        f"the callback needs transformers ({error}): pip install 'dessilbi[transformers]'"
+    ) from error
 
 
 def optimizer_cls_and_kwargs(
@@ -81,9 +87,7 @@ class PathCallback(TrainerCallback, ExportableState):
         Raises:
             ValueError: No training has begun yet.
         """
-        if self._recorder.path is None:
-            raise ValueError("there is no path yet: it is made when trainer.train begins")
-        return self._recorder.path
+        return self._recorder.begun("trainer.train")
 
     def on_train_begin(
         self,

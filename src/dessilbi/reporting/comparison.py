@@ -40,7 +40,7 @@ def side_by_side(runs: Sequence[Evidence]) -> Iterable[Chart]:
 
 
 def _data(run: Evidence) -> str:
-    return str(run.recipe.get("data"))
+    return str(run.recipe.get("data", "unknown"))
 
 
 def _side_by_side(quantity: str, lines: Sequence[Line], *, alike: bool) -> Chart:

@@ -46,7 +46,7 @@ class Evidence:
     Attributes:
         run: Its folder.
         label: What to call it among the others.
-        recipe: As it was written.
+        recipe: As it was written; empty where a loop of one's own recorded the path.
         status: As it was written; empty where it is missing.
         environment: Likewise.
         path: None where none was recorded.
@@ -72,6 +72,11 @@ class Evidence:
     family: Mapping[str, Any] | None
     retrained: Sequence[Retrained]
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def own_loop(self) -> bool:
+        """Whether the folder has a path and no recipe: it is not of ``dessilbi train``."""
+        return not self.recipe
 
     @property
     def judged(self) -> list[Row]:
@@ -104,7 +109,7 @@ def evidence_of(folder: str | FilePath, label: str | None = None) -> Evidence:
         ValueError: A file of it is damaged.
     """
     run = Run(FilePath(folder))
-    recipe = run.read_recipe()
+    recipe = run.read_recipe() if run.recipe.is_file() or not _has_path(run) else {}
     notes: list[str] = []
     status = run.read_status() if run.status.is_file() else {}
     environment = run.read_environment() if run.environment.is_file() else {}
@@ -196,7 +201,12 @@ def _try(read: Callable[[], Any], found: list[Any], what: str, notes: list[str])
 
 def _note_what_is_missing(found: Evidence) -> None:
     status, notes = found.status.get("status"), found.notes
-    if status is None:
+    if found.own_loop:
+        notes.append(
+            "This path was recorded outside of dessilbi train. There is no recipe to make the "
+            "model from, so parameters and MACs are unknown, and layers are not closed."
+        )
+    elif status is None:
         notes.append("The folder does not say how far the run came.")
     elif status != "finished":
         reason = found.status.get("reason")
@@ -213,7 +223,7 @@ def _note_what_is_missing(found: Evidence) -> None:
         notes.append("The path has a single recorded point, so there are no curves yet.")
     if found.rows and not found.judged:
         notes.append("No point of the path was judged, so no accuracies of tickets are known.")
-    if not found.metrics:
+    if not found.metrics and not found.own_loop:
         notes.append("No epoch is over yet, so there are no numbers by epoch.")
 
 

@@ -81,6 +81,8 @@ def frames_of(found: Evidence, most: int = MOST) -> Frames:
 
 def _opened(found: Evidence) -> tuple[Graph | None, CostModel | None, str]:
     """The graph of the run's model, or why it cannot be had."""
+    if found.own_loop:  # said once, among what is missing
+        return None, None, ""
     try:
         recipe = validate_recipe(dict(found.recipe), origin=str(found.run.recipe))
         if recipe.grow is not None and not found.run.model.is_file():
@@ -104,7 +106,7 @@ def _frame(found: Evidence, row: Row, graph: Graph | None, costs: CostModel | No
         ticket, settled = closed_and_settled(graph, ticket)
         cost = costs.after(settled.gone)
     alive = {name: _alive(ticket, name, spec) for name, spec in found.path.specs.items()}
-    return Frame(row, alive, ticket.density, cost, () if empty else commands(found, row.step))
+    return Frame(row, alive, ticket.density, cost, () if empty else _extracting(found, row.step))
 
 
 def _alive(ticket: Ticket, name: str, spec: TensorSpec) -> int:
@@ -112,6 +114,12 @@ def _alive(ticket: Ticket, name: str, spec: TensorSpec) -> int:
     if ticket.specs[name] == spec:
         return int(ticket[name].sum())
     return int((block_norms(ticket.mask_of(name).float(), spec.block) > 0).sum())
+
+
+def _extracting(found: Evidence, step: int) -> tuple[str, ...]:
+    if found.own_loop:
+        return (f"dessilbi.Path.load({str(found.run.folder)!r}).ticket(step={step})",)
+    return commands(found, step)
 
 
 def commands(found: Evidence, step: int) -> tuple[str, ...]:

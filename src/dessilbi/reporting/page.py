@@ -86,7 +86,7 @@ class Report:
     def _comparison(self) -> dict[str, Any]:
         rows = [_ending(run, own) for run, own in zip(self.runs, self.frames, strict=True)]
         columns = ["run", "recipe", "data", "status", "density", "dense W", "ticket", "compacted"]
-        sets = {str(run.recipe.get("data")) for run in self.runs}
+        sets = {str(run.recipe.get("data", "unknown")) for run in self.runs}
         notes = []
         if len(sets) > 1:
             notes.append(
@@ -130,8 +130,8 @@ def _ending(run: Evidence, frames: Frames) -> list[str]:
     cost = frames.frames[-1].cost if frames.frames else None
     return [
         run.label,
-        str(run.recipe.get("name")),
-        str(run.recipe.get("data")),
+        str(run.recipe.get("name", "none")),
+        str(run.recipe.get("data", "unknown")),
         str(run.status.get("status", "unknown")),
         wording.share(run.rows[-1].density) if run.rows else "not measured",
         wording.share(last.accuracy if last else run.status.get("accuracy")),

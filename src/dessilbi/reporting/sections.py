@@ -82,6 +82,9 @@ def section_of(found: Evidence, frames: Frames, number: int) -> dict[str, Any]:
 def lead_of(found: Evidence) -> str:
     """Return a sentence on what was trained."""
     told = found.recipe
+    if found.own_loop:
+        steps = f", {found.rows[-1].step:,} steps" if found.rows else ""
+        return f"The path of a training loop outside of dessilbi train{steps}."
     grew = ", growing" if found.growth else ""
     return (
         f"{told.get('name')}: {told.get('model')} on {told.get('data')}, {told.get('epochs')} "
@@ -126,6 +129,11 @@ def _explained(found: Evidence, frames: Frames) -> str:
     thinned = f"{shown} of {recorded} recorded points, spread evenly. " if shown < recorded else ""
     place = str(found.run.folder)
     where = "" if place.startswith("/") else "Paste it in the folder where this page was made. "
+    if found.own_loop:
+        return (
+            f"{thinned}Layers and density are those of the ticket that the line of Python loads: "
+            f"all that had entered Γ by this step. {where}Accuracies are those that were logged."
+        )
     return (
         f"{thinned}Layers, density, parameters and MACs are those of the model that the command "
         f"writes: all that had entered Γ by this step, closed, with the weights of the end of the "
@@ -143,9 +151,10 @@ def _points(shown: Sequence[Mapping[str, str]]) -> Table:
 
 
 def _tiles(found: Evidence, frames: Frames) -> Iterable[tuple[str, str, str]]:
-    status = str(found.status.get("status", "unknown"))
-    epochs = found.metrics[-1]["epoch"] if found.metrics else None
-    yield "status", status, f"epoch {wording.epoch(epochs)}" if epochs else ""
+    if not found.own_loop:
+        status = str(found.status.get("status", "unknown"))
+        epochs = found.metrics[-1]["epoch"] if found.metrics else None
+        yield "status", status, f"epoch {wording.epoch(epochs)}" if epochs else ""
     if found.judged:
         last = found.judged[-1]
         when = f"test, epoch {wording.epoch(last.epoch)}"
@@ -193,7 +202,8 @@ def _parts(
         yield part("dynamics", "Dynamics", figures=drawn["dynamics"])
     if tables := list(_tickets(found)):
         yield part("tickets", "Tickets and retraining", tables=tables)
-    yield part("setup", "Configuration and environment", texts=list(_texts(found)))
+    if texts := list(_texts(found)):
+        yield part("setup", "Configuration and environment", texts=texts)
 
 
 def _no_norms(found: Evidence) -> str:
@@ -263,7 +273,8 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def _texts(found: Evidence) -> Iterable[dict[str, str]]:
-    yield {"caption": "Recipe", "content": as_json(found.recipe).decode()}
+    if found.recipe:
+        yield {"caption": "Recipe", "content": as_json(found.recipe).decode()}
     if found.environment:
         # Where data lay on that machine is nobody's business who reads the page.
         shown = {key: value for key, value in found.environment.items() if key != "data"}

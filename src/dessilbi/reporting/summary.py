@@ -68,7 +68,8 @@ def summarise(folder: str | FilePath) -> Summary:
         ValueError: A file of it is damaged.
     """
     run = Run(FilePath(folder))
-    recipe = run.read_recipe()
+    own_loop = run.path.is_file() and not run.recipe.is_file()
+    recipe = {"name": run.folder.absolute().name} if own_loop else run.read_recipe()
     return Summary(run.folder, recipe, rows_of(Path.load(folder)))
 
 
