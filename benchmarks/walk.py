@@ -107,8 +107,11 @@ STEPS = (
     ("ResNet-18, own script: 8 epochs, ticket, 2 epochs, compact, ONNX", ("python", "-c", IMAGES)),
     ("its report", "dessilbi report runs/resnet --out resnet.html"),
     ("dessilbi train, 4 epochs", " --set ".join((TRAIN, *SETTINGS))),
-    ("dessilbi ticket", "dessilbi ticket runs/cli --macs 0.5 --out half.safetensors"),
-    ("dessilbi compact", "dessilbi compact runs/cli --ticket half.safetensors --out half"),
+    ("dessilbi ticket", "dessilbi ticket runs/cli --data images --macs 0.5 --out half.safetensors"),
+    (
+        "dessilbi compact",
+        "dessilbi compact runs/cli --data images --ticket half.safetensors --out half",
+    ),
     ("dessilbi export", "dessilbi export half --format onnx"),
     ("dessilbi report", "dessilbi report runs/cli --out cli.html"),
 )

@@ -149,7 +149,12 @@ class Drawer:
             raise FileNotFoundError(f"{run.folder} has not finished to grow: let it finish")
         check_sealed(file)
         model = built(self.recipe, self.data, self._start, sizes_of(run))
-        self.model: nn.Module = filled(model, load_tensors(file), file)
+        try:
+            self.model: nn.Module = filled(model, load_tensors(file), file)
+        except ValueError:
+            if self._missing is None or self.recipe.data.partition(":")[0] != "folder":
+                raise
+            raise self._missing from None  # only the folder says how many classes there are
         self.example: Tensor = self.data.blank()
         if self._missing is None:
             self.example, _ = self.data.train.examples(1)

@@ -43,8 +43,7 @@ class Path:
         total_steps: Steps of the whole run, if known.
         total_time: Path time of the whole run (the sum of lr over all its steps), if known. With
             it, or with ``total_steps``, a run in which no block can enter is warned about early.
-        file: Append every point to this file (it must not exist), safe against crashes. Called
-            ``path.jsonl`` in a folder of its own, :meth:`load` and ``dessilbi report`` read it.
+        file: Append every point to this file (it must not exist), safe against crashes.
         after: The path of a run that this one continues with other shapes, after ``compact``:
             steps and path time go on from there; first entries count from here.
         resume: What :meth:`state_dict` returned when the weights and the optimizer were saved:
