@@ -94,38 +94,6 @@ def test_a_script_that_is_not_there_is_one_sentence(monkeypatch):
         main()
 
 
-def test_it_trains_as_the_train_script_of_timm_trains():
-    model = cnn()
-    optimizer = timm.optim.create_optimizer_v2(
-        model, "dessilbi", lr=0.1, momentum=0.9, weight_decay=0.0, nu=1.0, lam=0.05
-    )
-    name_parameters(optimizer, model)
-    path = Path(optimizer, every=1)
-    scheduler, epochs = timm.scheduler.create_scheduler_v2(
-        optimizer, "cosine", num_epochs=4, warmup_epochs=1, warmup_lr=0.01, min_lr=0.001
-    )
-    averaged = timm.utils.ModelEmaV3(model, decay=0.9)
-    scaler = timm.utils.NativeScaler(device="cpu")
-    rates = []
-    for epoch in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        loss = torch.nn.functional.cross_entropy(model(X), torch.tensor([0, 2]))
-        scaler(loss, optimizer, clip_grad=1.0, parameters=model.parameters())
-        optimizer.zero_grad()
-        averaged.update(model, step=epoch)
-        scheduler.step(epoch + 1)
-    assert rates[0] == 0.01 < rates[1]  # warmed up
-    assert rates[1] > rates[-1] > 0
-    assert [point.step for point in path.points] == [*range(1, epochs + 1)]
-    assert path.points[-1].time == pytest.approx(sum(rates))
-    assert 0 < path.points[-1].density < 1
-    ticket = path.ticket(density=0.5 * path.points[-1].density)
-    ticket.apply_(averaged.module)
-    name = next(iter(ticket))
-    kept = averaged.module.get_parameter(name) != 0
-    assert 0 < int(kept.sum()) <= int(ticket.mask_of(name).sum())
-
-
 @pytest.fixture(scope="module")
 def trained():
     """A ViT trained some steps, with its path; heads are blocks in three parts of qkv."""
