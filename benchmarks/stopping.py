@@ -25,10 +25,11 @@ Retrained: rewound to the initialisation and trained for 6 epochs (lr 0.05, the 
 schedule) with the ticket enforced, alike for all. Where a rule never stops, its ticket is that of
 the end.
 Reported: epochs saved, and the validation accuracy of the retrained ticket less that of the whole
-search's; also the accuracy of the whole support at the stop, nothing retrained (`settled`). No goal was
-set.
+search's; also the accuracy of the whole support at the stop, nothing retrained (`settled`). No
+goal was set.
 Known from seed 100: the default rule did not fire within 12 epochs on either set, since the support
-goes on growing while the learning rate is high; nor with nu 70 (R = 0.7) or density control.
+goes on growing while the learning rate is high; nor, on MNIST, with nu 70
+(R = 0.7) or with density control.
 """
 
 import argparse
