@@ -232,6 +232,7 @@ def test_an_infeasible_budget_names_the_smallest_feasible():
     [
         ("macs", 0, "macs=0 is not allowed: it must be above 0"),
         ("macs", float("nan"), "macs=nan is not allowed"),
+        ("macs", float("inf"), "macs=inf is not allowed: it must be above 0, and finite"),
         ("density", 1.5, r"density=1.5 is not allowed: it must be in \(0, 1\]"),
         ("flops", 0.5, "'flops' is not a budget: use one of density, params, macs, bytes"),
     ],

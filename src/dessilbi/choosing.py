@@ -8,6 +8,7 @@ about zeros in a mask.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any, Literal
 
 import numpy as np
@@ -149,8 +150,8 @@ class Family:
         """
         if quantity not in QUANTITIES:
             raise ValueError(f"{quantity!r} is not a budget: use one of {', '.join(QUANTITIES)}")
-        if not limit > 0 or (quantity == "density" and limit > 1):
-            allowed = "in (0, 1]" if quantity == "density" else "above 0"
+        if not 0 < limit < inf or (quantity == "density" and limit > 1):
+            allowed = "in (0, 1]" if quantity == "density" else "above 0, and finite"
             raise ValueError(f"{quantity}={limit!r} is not allowed: it must be {allowed}")
         absolute, share = limit, ""
         if quantity != "density" and limit <= 1:

@@ -140,6 +140,7 @@ class Drawer:
 
     def __init__(self, run: Run, *, data_root: str | None = None):
         self.run, self._root = run, data_root
+        self._families: dict[tuple[Order, int | None], Family] = {}  # each reads the model's graph
         self.recipe = validate_recipe(run.read_recipe(), origin=str(run.recipe))
         self.path = Path.load(run.folder)
         self._start = load_start(run)
@@ -190,8 +191,13 @@ class Drawer:
             ValueError: The run left no scores.
             FileNotFoundError: No checkpoint of this step was kept.
         """
-        order = order or self.order
-        if step is None or step == self.path.step:
+        key = order or self.order, None if step == self.path.step else step
+        if key not in self._families:
+            self._families[key] = self._family(*key)
+        return self._families[key]
+
+    def _family(self, order: Order, step: int | None) -> Family:
+        if step is None:
             return self.path.family(self.model, example_inputs=self.example, order=order)
         scores = self._scores_at(step)
         entries = {n: e.masked_fill(e > step, NEVER) for n, e in self.path.entry().items()}

@@ -75,7 +75,8 @@ def choose_by_drop(
     """Return the smallest member that loses at most ``max_drop`` points of accuracy.
 
     Members are tried at ``candidates`` sizes (evenly spaced in the logarithm), and between the
-    smallest that holds and the next smaller one five more are tried by bisection.
+    smallest that holds and the next smaller one by bisection, down to one item: the member with
+    one item less loses more, or is so small that a layer would be dead.
 
     Args:
         family: The tickets to choose from.
@@ -109,9 +110,7 @@ def choose_by_drop(
         )
     high = holding[0]
     low = max((count for count in grid if count < high), default=high - 1)
-    for _ in range(5):
-        if high - low <= 1:
-            break
+    while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if accuracy(middle) >= floor else (middle, high)
     ticket, cost = family.member(high)

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning tickets of a finished run."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import denormals_kept, own_copy, shared_run
 from torch import nn
 
 from dessilbi import Path
 from dessilbi.ticket import TensorSpec, Ticket
+from dessilbi.training import loop
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.finetune import finetune, judge_ticket, judge_tickets, load_trained
 from dessilbi.training.recipes import FinetuneRecipe
+from dessilbi.training.retraining import Wish, retraining
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +65,18 @@ def test_fine_tuning_is_the_same_every_time(trained, path):
     ticket = path.ticket(density=0.2)
     one, two = (finetune(trained, ticket, FinetuneRecipe(epochs=1)) for _ in range(2))
     assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
+
+
+def test_it_ends_where_the_loop_of_retraining_ends(trained, path, tmp_path):
+    ticket = path.ticket(
+        density=0.3, model=trained.model, example_inputs=trained.data.train.examples(1)[0]
+    )
+    recipe, start = retraining(shared_run(), trained, ticket, Wish(mode="finetune"), trained.data)
+    run = loop.train(recipe, tmp_path / "run", start=start, device="cpu")
+    tuned = finetune(trained, ticket, trained.recipe.finetune).state_dict()
+    for name, value in load_file(run.model).items():
+        torch.testing.assert_close(value, tuned[name])
+        assert not torch.allclose(value, ticket.apply_(deepcopy(trained.model)).state_dict()[name])
 
 
 def test_no_epochs_give_the_masked_model(trained, path):

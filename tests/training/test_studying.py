@@ -3,10 +3,13 @@
 
 import json
 import statistics
+from pathlib import Path as FilePath
 
 import pytest
 import tiny
+import torch
 from commands import assert_failed, call
+from safetensors.torch import load_file
 from tiny import QUICK, train_tiny
 
 from dessilbi import Path, Ticket
@@ -54,17 +57,38 @@ def test_a_ticket_file_is_retrained_on_the_compacted_model(run):
     result = call("retrain", run.folder, "--ticket", "t.safetensors", "--compact", "--out", "s")
     assert result.exit_code == 0, result.output
     assert "A ticket, trained again" in result.stdout
-    dense = sum(p.numel() for p in load(run.folder).values())
+    dense = sum(p.numel() for p in load_file(run.model).values())
     row = read_json("s/results.json")["rows"][0]
     assert (row["mode"], row["repetitions"], row["std"]) == ("finetune", 1, None)
     assert row["params"] < dense
     assert Ticket.load("s/ticket.safetensors") == Ticket.load("t.safetensors")
 
 
-def load(folder):
-    from safetensors.torch import load_file
+def test_a_ticket_is_rewound_to_the_early_weights_of_the_run_by_command(run):
+    wanted = ("--density", 0.4, "--mode", "early-rewind", "--epochs", 1, "--out", "s")
+    result = call("retrain", run.folder, *wanted, "--json")
+    assert result.exit_code == 0, result.output
+    assert [row["mode"] for row in json.loads(result.stdout)["rows"]] == ["early-rewind"]
+    began, ticket = Run(FilePath("s/early-rewind-0")), Ticket.load("s/ticket.safetensors")
+    first, early, init = (load_file(f) for f in (began.init, run.early, run.init))
+    for name in ticket:
+        alive = ticket.mask_of(name)
+        assert torch.equal(first[name][alive], early[name][alive])
+        assert not torch.equal(early[name][alive], init[name][alive])
+        assert not load_file(began.model)[name][~alive].any()
+    assert began.read_status()["status"] == "finished"
 
-    return load_file(folder / "model.safetensors")
+
+def test_a_run_that_ended_before_its_weights_were_kept_says_so_and_what_to_do(tmp_path):
+    run = train_tiny(tmp_path / "late", *QUICK, "rewind_at=3.0")
+    assert not run.early.exists()
+    wanted = ("--density", 0.4, "--epochs", 1, "--out", "s")
+    result = call("retrain", run.folder, *wanted, "--mode", "early-rewind")
+    assert_failed(result, 1, "has no early.safetensors", "rewind_at=3 lies behind", "2 epochs")
+    assert not (tmp_path / "s").exists()
+    result = call("retrain", run.folder, *wanted, "--all", "--json")
+    modes = [row["mode"] for row in json.loads(result.stdout)["rows"]]
+    assert modes == ["finetune", "rewind", "reinit", "random", "dense"]
 
 
 def test_a_study_that_was_cut_goes_on_with_what_is_missing(run, monkeypatch):

@@ -92,6 +92,9 @@ def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.M
     SGD on the living weights with the settings' schedule; dead blocks stay exactly zero. No epochs
     give what :func:`~dessilbi.training.evaluation.masked` returns.
     """
+    # Not the loop of training/loop.py: that one trains into a run folder, with judged points, logs
+    # and checkpoints, of which the dozens of fine-tunes of a curve keep nothing. A test holds the
+    # two to the same weights; `dessilbi retrain --mode finetune` is this training as a run.
     if not settings.epochs:
         return masked(trained.model, ticket, trained.data.train)
     data, batch_size = trained.data, trained.recipe.batch_size
@@ -112,7 +115,7 @@ def finetune(trained: Trained, ticket: Ticket, settings: FinetuneRecipe) -> nn.M
     with flushed_denormals():
         for epoch in range(settings.epochs):
             for inputs, targets in data.train.batches(
-                epoch, batch_size=batch_size, seed=trained.recipe.seed
+                epoch, batch_size=batch_size, seed=trained.recipe.seed_of_order
             ):
                 optimizer.zero_grad()
                 loss_of(model(inputs), targets).backward()  # type: ignore[no-untyped-call]

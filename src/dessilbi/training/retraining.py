@@ -175,9 +175,17 @@ def _weights(
         return dict(built(other, data, trained.start).state_dict())
     file = run.early if wish.mode == "early-rewind" else run.init
     if not file.is_file():
+        epochs, kept = run.read_status().get("epochs", trained.recipe.epochs), trained.recipe
+        late = wish.mode == "early-rewind" and kept.rewind_at > epochs
+        remedy = (
+            f"its rewind_at={kept.rewind_at:g} lies behind its end after {epochs:g} epochs; train "
+            f"the run again with a smaller one"
+            if late
+            else "train the run again"
+        )
         raise FileNotFoundError(
-            f"{run.folder} has no {file.name}, so nothing can be rewound to it: train the run "
-            f"again, or retrain with --mode finetune or --mode reinit"
+            f"{run.folder} has no {file.name}, so nothing can be rewound to it: {remedy}, or "
+            f"retrain with --mode finetune or --mode reinit"
         )
     check_sealed(file)
     return load_tensors(file)
