@@ -32,7 +32,7 @@ from dessilbi.training.recipes import load_recipe
 pytestmark = pytest.mark.filterwarnings("ignore:many units are dead", "ignore:nothing is left of")
 
 # Short searches on scikit-learn's digits: the shipped recipes, some seconds each.
-KEPT = ("checkpoint_every=0.5", "keep_checkpoints=99")
+KEPT = ("checkpoint_every=1.0", "keep_checkpoints=99")
 STOP = "stop={window=4, tolerance=0.8, gain=1.0, gap=0.4}"
 SEARCHES = {
     "lenet": (  # ends with its ticket; smaller nu and lam, so that much enters in few epochs
@@ -46,7 +46,7 @@ SEARCHES = {
     ),
 }
 NETS = ["lenet", "resnet", pytest.param("resnet20", marks=pytest.mark.full)]
-ORDERS = ("dual", "weight", "entry")
+ORDERS = ("relative", "weight", "dual", "entry")
 
 
 @functools.cache
@@ -202,7 +202,8 @@ def test_a_latency_is_met_within_its_spread_and_one_more_block_would_be_slower(n
 @pytest.mark.parametrize("name", NETS)
 def test_a_moment_keeps_what_had_entered_by_then(name):
     drawer = searched(name)
-    step = next(p.step for p in drawer.path.points if p.density > 0.2)
+    points = drawer.path.points
+    step = next(p.step for p in points if p.density > 0.5 * points[-1].density)
     drawn = drawer.draw(Wish(step=step))
     entry = drawer.path.entry()
     entered = {n: (entry[n] != NEVER) & (entry[n] <= step) for n in entry}
@@ -233,7 +234,8 @@ def test_a_search_that_ended_with_its_ticket_gives_it_as_the_early_one():
 def random_tickets(name, count):
     """Closed tickets of a path: members of its orders, supports, what had entered, any blocks."""
     drawer, draw = searched(name), random.Random(0)
-    points, specs = [p.step for p in drawer.path.points if p.density > 0], drawer.path.specs
+    specs, last = drawer.path.specs, drawer.path.points[-1].density
+    points = [p.step for p in drawer.path.points if p.density > 0.1 * last]
     for number in range(count):
         if number % 4 == 0:
             family = drawer.family(draw.choice(ORDERS))
@@ -270,13 +272,15 @@ def test_costs_of_random_tickets_of_a_path_are_a_count_on_the_model_after_the_cu
     ("name", "count"),
     [
         *(pytest.param(name, 67, marks=pytest.mark.full) for name in SEARCHES),
-        *(("lenet", 4), ("resnet", 4)),
+        *(("lenet", 8), ("resnet", 8)),
     ],
 )
 def test_costs_of_random_tickets_of_a_path_are_those_of_what_compact_makes(name, count):
     drawer = searched(name)
     costs, sizes = CostModel(graph_of(name), drawer.model), set()
     for ticket in random_tickets(name, count):
+        if not all(ticket[n].any() for n in drawer.path.specs):
+            continue  # a layer is wholly dead, and compact refuses what no longer reads its input
         cost = costs.of(ticket)
         small = compact(drawer.model, ticket, example_inputs=drawer.example)
         found = counted(small.model, drawer.example)
