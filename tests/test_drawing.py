@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tickets of a run by what one cares about."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,11 @@ def test_an_epoch_is_the_step_at_which_it_was_over(kept):
         drawer.draw(Wish(epoch=3))
 
 
+def test_a_step_behind_the_end_is_refused(kept):
+    with pytest.raises(ValueError, match="step=9 is not on this path, which ends at step 8"):
+        Drawer(kept).draw(Wish(step=9))
+
+
 def test_a_budget_at_a_moment_ranks_as_the_net_stood_then(kept):
     drawer = Drawer(kept)
     at_end = drawer.draw(Wish(density=0.3)).ticket
@@ -155,6 +161,14 @@ def test_members_of_the_family_are_listed_from_large_to_small(drawer):
 def test_a_checkpoint_that_was_not_kept_is_one_sentence(drawer):
     with pytest.raises(FileNotFoundError, match=r"has no checkpoint of step 4 \(kept are those of"):
         drawer.draw(Wish(density=0.3, step=4))
+
+
+def test_a_run_without_any_checkpoint_says_so(tmp_path):
+    run = own_copy(tmp_path)
+    for folder in run.checkpoints.iterdir():
+        shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match=r"has no checkpoint of step 4 \(none is kept\)"):
+        Drawer(run).draw(Wish(density=0.3, step=4))
 
 
 def test_without_its_data_a_run_still_gives_tickets(tmp_path, monkeypatch):

@@ -246,6 +246,10 @@ class Drawer:
     def _moment(self, wish: Wish) -> tuple[int | None, str]:
         """The step of a wish, and how it was found."""
         if wish.step is not None:
+            if wish.step > self.path.step:
+                raise ValueError(
+                    f"step={wish.step} is not on this path, which ends at step {self.path.step}"
+                )
             return wish.step, f"step {wish.step}"
         if wish.epoch is not None:
             return self._step_of(wish.epoch), f"epoch {wish.epoch:g}"

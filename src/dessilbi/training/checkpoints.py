@@ -192,11 +192,12 @@ class Checkpoints:
             DamagedFileError: It is damaged.
         """
         if not self._place(step).is_dir():
-            kept = [int(folder.name.removeprefix("step-")) for folder in self._folders()]
+            steps = [folder.name.removeprefix("step-").lstrip("0") for folder in self._folders()]
+            kept = f"kept are those of step {', '.join(steps)}" if steps else "none is kept"
             raise FileNotFoundError(
-                f"{self.folder} has no checkpoint of step {step} (kept are those of step "
-                f"{', '.join(map(str, kept)) or 'none'}): train with checkpoint_every and "
-                f"keep_checkpoints that keep it, or choose by step, epoch or --early alone"
+                f"{self.folder} has no checkpoint of step {step} ({kept}): train with "
+                f"checkpoint_every and keep_checkpoints that keep it, or choose by step, epoch or "
+                f"--early alone"
             )
         return verified(self._place(step))
 
