@@ -137,6 +137,10 @@ def shown(values: list[float], factor: float = 1.0) -> str:
 def page(lines: list[dict[str, Any]]) -> str:
     """The page of all cells."""
     seconds = sum(line["core_seconds"] for line in lines if line["rule"] == "whole search")
+    there = "; ".join(
+        f"{data}, seeds {', '.join(map(str, sorted({x['seed'] for x in lines if x['data'] == data})))}"
+        for data in SETS
+    )
     parts = [
         "# Stopping early, measured",
         "",
@@ -145,6 +149,7 @@ def page(lines: list[dict[str, Any]]) -> str:
         "Accuracies on the validation images, in %; tickets of density",
         f"{DENSITY}, rewound and trained for {RETRAINED} epochs. Mean and deviation over",
         "the seeds; the difference is taken seed by seed.",
+        f"Measured: {there}; the protocol asks for seeds 0, 1, 2 of both.",
         "",
         "| data | rule | stopped | epochs saved | retrained | less the whole search's |",
         "|---|---|---|---|---|---|",

@@ -20,6 +20,10 @@ LeNet-5, the first 25,000 training images of each set (5,000 of them for validat
 epochs, test on 10,000. Short trainings on a part of the data: the numbers are to be compared with
 each other only. Test accuracy in %, mean and deviation over the seeds whose cells are all there
 ({seeds}; the protocol asks for 0, 1, 2 and lets the page say where time ended before).
+
+A later protocol asks the same in a setting whose learning rates were chosen by trials, 12 epochs on
+12,800 images, beside other methods: part (d) of [the evidence](evidence.md#d-early-tickets). What
+stopping a search early saves: [results/stopping.md](results/stopping.md).
 """
 
 TABLE = """
