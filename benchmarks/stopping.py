@@ -137,10 +137,8 @@ def shown(values: list[float], factor: float = 1.0) -> str:
 def page(lines: list[dict[str, Any]]) -> str:
     """The page of all cells."""
     seconds = sum(line["core_seconds"] for line in lines if line["rule"] == "whole search")
-    there = "; ".join(
-        f"{data}, seeds {', '.join(map(str, sorted({x['seed'] for x in lines if x['data'] == data})))}"
-        for data in SETS
-    )
+    seeds_of = {d: sorted({str(x["seed"]) for x in lines if x["data"] == d}) for d in SETS}
+    there = "; ".join(f"{data}, seeds {', '.join(seeds)}" for data, seeds in seeds_of.items())
     parts = [
         "# Stopping early, measured",
         "",
