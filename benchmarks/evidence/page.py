@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
 RESULTS = ROOT / "docs" / "results" / "evidence.jsonl"
 PAGE = ROOT / "docs" / "evidence.md"
+WHOLE = ", nothing retrained"
 Line = dict[str, Any]
 NAMES = {
     "sgd": "SGD, momentum",
@@ -137,7 +138,25 @@ def part_h(lines: Sequence[Line]) -> str:
         grid(lines, "h", DENSITIES, "test_accuracy")
         + "\n"
         + tally(lines, "h", DENSITIES, NAMES, {"test_accuracy": "Nothing retrained"})
+        + "\n"
+        + tally(
+            [x for x in lines if x["method"] not in ("dessilbi-target", "gradual")],
+            "h",
+            DENSITIES,
+            NAMES,
+            {"test_accuracy": "Families of one search alone"},
+        )
+        + "\n"
+        + _together(lines)
     )
+
+
+def _together(lines: Sequence[Line]) -> str:
+    """Verdicts over the lines of (b) and (h) at once: all of them cost E for each model."""
+    both = [x for x in lines if x["part"] == "b"]
+    both += [x | {"part": "b", "method": x["method"] + WHOLE} for x in lines if x["part"] == "h"]
+    names = NAMES | {method + WHOLE: told + WHOLE for method, told in NAMES.items()}
+    return tally(both, "b", DENSITIES, names, {"test_accuracy": "All lines of (b) and (h)"})
 
 
 def part_i(lines: Sequence[Line]) -> str:

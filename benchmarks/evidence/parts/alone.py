@@ -9,27 +9,32 @@ from benchmarks.evidence.methods import ours
 from benchmarks.evidence.parts import filters, weights
 from benchmarks.evidence.settings import Setting
 from benchmarks.evidence.tasks import Task
-from benchmarks.evidence.training import Stage, at_once, judged
+from benchmarks.evidence.training import Searched, Stage, at_once, judged
 
 from dessilbi.training.evaluation import recalibrated
 
 UNTIL = 0.6  # of E: by then nested tickets have come down to the wanted density
 
 
+def told(job: Job, task: Task, found: Searched, budget: float) -> dict[str, Any]:
+    """Return the facts of a ticket that is judged as it is cut."""
+    ticket = found.ticket(budget)
+    facts = at_once(task, found.model, ticket, reported=job.reported)
+    return {
+        "budget": budget,
+        "density": ticket.density,
+        **{key.removeprefix("once_"): value for key, value in facts.items()},
+        **found.facts,
+        "macs": found.spent.macs,
+        "seconds": round(found.spent.seconds, 1),
+    }
+
+
 def families(job: Job, task: Task, setting: Setting) -> Iterator[dict[str, Any]]:
     """One search, single weights of all densities from it."""
     found = weights.SEARCHES[job.method](task, Stage(task.steps), job.seed, setting)
     for budget in job.budgets:
-        ticket = found.ticket(budget)
-        facts = at_once(task, found.model, ticket, reported=job.reported)
-        yield {
-            "budget": budget,
-            "density": ticket.density,
-            **{key.removeprefix("once_"): value for key, value in facts.items()},
-            **found.facts,
-            "macs": found.spent.macs,
-            "seconds": round(found.spent.seconds, 1),
-        }
+        yield told(job, task, found, budget)
 
 
 def per_density(job: Job, task: Task, setting: Setting) -> Iterator[dict[str, Any]]:
@@ -46,15 +51,7 @@ def per_density(job: Job, task: Task, setting: Setting) -> Iterator[dict[str, An
             tighten=(0.1 * UNTIL, UNTIL),
             **setting,
         )
-        ticket = found.ticket(budget)
-        facts = at_once(task, model, ticket, reported=job.reported)
-        yield {
-            "budget": budget,
-            "density": ticket.density,
-            **{key.removeprefix("once_"): value for key, value in facts.items()},
-            "macs": found.spent.macs,
-            "seconds": round(found.spent.seconds, 1),
-        }
+        yield told(job, task, found, budget)
 
 
 def smaller(job: Job, task: Task, setting: Setting) -> Iterator[dict[str, Any]]:
@@ -80,10 +77,10 @@ def run(job: Job, bench: Bench) -> Iterator[dict[str, Any]]:
         yield from weights.gradual(job, bench, setting)
         return
     if job.part == "i":
-        told = smaller(job, task, setting)
+        lines = smaller(job, task, setting)
     elif job.method == "dessilbi-target":
-        told = per_density(job, task, setting)
+        lines = per_density(job, task, setting)
     else:
-        told = families(job, task, setting)
-    for facts in told:
+        lines = families(job, task, setting)
+    for facts in lines:
         yield line_of(job, facts.pop("budget"), setting, **facts)
