@@ -20,10 +20,9 @@ from tiny import Recorder, denormals_kept, own_copy, shared_run
 
 from dessilbi import Path, Ticket
 from dessilbi.auditing import FAULTS, audit
-from dessilbi.manifest import _canonical, _digest
 from dessilbi.runs import Run
-from dessilbi.sealing import close_seal, sealed, unsealed
-from dessilbi.storage import read_json, to_json, write_json
+from dessilbi.sealing import checksum_of, close_seal, sealed, unsealed
+from dessilbi.storage import as_json, read_json, to_json, write_json
 from dessilbi.tensorfiles import load_tensors
 from dessilbi.training import loop
 from dessilbi.training.data import load_data
@@ -119,7 +118,7 @@ def test_manifests_that_say_absurd_things_do_no_harm(tmp_path, scale):
     refused = 0
     with Memory():
         for name, other in copies(told, 150 * scale, "manifest"):
-            form.file.write_bytes(_canonical({**other, "sha256": _digest(other)}))
+            form.file.write_bytes(as_json({**other, "sha256": checksum_of(other)}))
             refused += outcome(form.read, name).error is not None
     assert refused
 
