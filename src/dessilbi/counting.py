@@ -14,11 +14,21 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from dessilbi.graph.program import Program
 from dessilbi.graph.reader import Reader, shape_of
 from dessilbi.inputs import Arguments
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    flops: int = sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]
+    return flops
+
+
+# Attention on a CPU, which torch 2.11 does not count.
+ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+UNKNOWN = {} if ON_CPU in flop_registry else {ON_CPU: _attention}
 
 
 def count_macs(model: Callable[..., Any], arguments: Arguments, samples: int = 1) -> int:
@@ -75,7 +85,7 @@ def _blank(value: Any) -> Any:
 
 
 def _count(model: Callable[..., Any], arguments: Arguments) -> int:
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN)
     args, kwargs = arguments
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model or a flag of torch warns of is not asked
