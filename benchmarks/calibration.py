@@ -48,14 +48,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.optim.lr_scheduler import LambdaLR
 
-from dessilbi import DensityControl, DessiLBI, dual, param_groups
-from dessilbi.clock import PathClock, alphas, set_coupling
-from dessilbi.scheduling import RAMP, Schedules, piecewise
-from dessilbi.storage import append_line, read_lines
+from dessilbi import DensityControl, DessiLBI, param_groups
+from dessilbi.dynamics.clock import PathClock, alphas, set_coupling
+from dessilbi.dynamics.scheduling import RAMP, Schedules, piecewise
+from dessilbi.files.storage import append_line, read_lines
+from dessilbi.models import build_model
+from dessilbi.optimizers import dual
 from dessilbi.training.data import load_data
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.feeding import InMemory, Split
-from dessilbi.training.models import build_model
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "calibration.jsonl"

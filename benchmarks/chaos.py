@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from dessilbi.auditing import FAULTS, audit
-from dessilbi.runs import Run
-from dessilbi.storage import read_json, write_json
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import read_json, write_json
+from dessilbi.outcomes.auditing import FAULTS, audit
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from latencies import environment, measure_latency
 
-from dessilbi.compaction import compact
+from dessilbi.compaction.compaction import compact
+from dessilbi.files.storage import to_json
 from dessilbi.graph import read_graph
-from dessilbi.storage import to_json
 from dessilbi.testing import random_ticket
 
 ROOT = Path(__file__).parents[1]

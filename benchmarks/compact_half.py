@@ -19,7 +19,7 @@ import torch
 from compact import RECORDS, build, compacted
 from latencies import environment, measure_latency
 
-from dessilbi.storage import to_json
+from dessilbi.files.storage import to_json
 
 HALVES = RECORDS.parent / "compact-half.jsonl"
 KEEPS = {"resnet18": (0.5, 0.45), "vgg16_bn": (0.5, 0.45), "mobilenet_v2": (0.7, 0.4)}

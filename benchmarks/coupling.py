@@ -30,12 +30,12 @@ from calibration import ROOT, parts_of, write_page
 from torch.optim.lr_scheduler import LambdaLR
 
 from dessilbi import DensityControl, DessiLBI, Path, param_groups
-from dessilbi.clock import PathClock, alphas, set_coupling
-from dessilbi.monitors import dead_units
-from dessilbi.scheduling import RAMP, Schedules, piecewise
-from dessilbi.storage import append_line, read_lines
+from dessilbi.dynamics.clock import PathClock, alphas, set_coupling
+from dessilbi.dynamics.monitors import dead_units
+from dessilbi.dynamics.scheduling import RAMP, Schedules, piecewise
+from dessilbi.files.storage import append_line, read_lines
+from dessilbi.models import build_model
 from dessilbi.training.evaluation import accuracy, masked
-from dessilbi.training.models import build_model
 
 RESULTS = ROOT / "docs" / "results" / "coupling.jsonl"
 EPOCHS, BATCH = 6, 32

@@ -29,8 +29,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dessilbi.optimizer import DessiLBI
-from dessilbi.storage import read_json, write_json
+from dessilbi.files.storage import read_json, write_json
+from dessilbi.optimizers.optimizer import DessiLBI
 from dessilbi.training.engine import engine_for
 from dessilbi.training.environment import environment, flushed_denormals
 from dessilbi.training.ingredients import groups_of, model_of
@@ -165,7 +165,7 @@ def choice(rounds: int) -> dict:
 
     def made() -> tuple[nn.Module, DessiLBI]:
         from dessilbi.groups import param_groups
-        from dessilbi.training.models import build_model
+        from dessilbi.models import build_model
 
         model = build_model("lenet", num_classes=10, in_channels=1, seed=0)
         groups = param_groups(model, recipe.structure)

@@ -54,8 +54,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from dessilbi.growth import macs_of
-from dessilbi.storage import append_line, read_lines
+from dessilbi.files.storage import append_line, read_lines
+from dessilbi.growth.growth import macs_of
 from dessilbi.training.data import DATA_SETS, DataSet
 from dessilbi.training.ingredients import data_of, model_of
 from dessilbi.training.loop import train

@@ -27,9 +27,9 @@ from benchmarks.evidence.tasks import task
 from benchmarks.evidence.training import Stage, fit, judged, quick, sgd
 
 from dessilbi import compact
-from dessilbi.certifying import SilentError
-from dessilbi.scores import ORDERS
-from dessilbi.storage import append_line
+from dessilbi.compaction.certifying import SilentError
+from dessilbi.files.storage import append_line
+from dessilbi.path.scores import ORDERS
 from dessilbi.training.evaluation import recalibrated
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dessilbi.storage import write_json
+from dessilbi.files.storage import write_json
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -18,18 +18,18 @@ from pathlib import Path as FilePath
 import torch
 from torch import nn
 
-from dessilbi import dual
-from dessilbi.path import Path
+from dessilbi.blocks.structure import block_norms
+from dessilbi.files.runs import free_path
+from dessilbi.files.storage import read_json, write_json
+from dessilbi.models import build_model
+from dessilbi.optimizers import dual
+from dessilbi.path.path import Path
 from dessilbi.reporting.summary import summarise, thinned
-from dessilbi.runs import free_path
-from dessilbi.storage import read_json, write_json
-from dessilbi.structure import block_norms
 from dessilbi.training.evaluation import masked
 from dessilbi.training.feeding import Split
 from dessilbi.training.finetune import load_trained
 from dessilbi.training.ingredients import data_of, groups_of
 from dessilbi.training.loop import train
-from dessilbi.training.models import build_model
 from dessilbi.training.objective import loss_of
 from dessilbi.training.progress import default_reporter
 from dessilbi.training.recipes import Recipe, load_recipe, recipe_names

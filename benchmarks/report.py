@@ -25,13 +25,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from dessilbi.history import History
-from dessilbi.pathlines import Point
+from dessilbi.blocks.structure import resolve
+from dessilbi.blocks.ticket import TensorSpec
+from dessilbi.files.runs import Run, status_of
+from dessilbi.files.storage import append_line, read_json, write_json
+from dessilbi.path.history import History
+from dessilbi.path.lines import Point
 from dessilbi.reporting.frames import MOST
-from dessilbi.runs import Run, status_of
-from dessilbi.storage import append_line, read_json, write_json
-from dessilbi.structure import resolve
-from dessilbi.ticket import TensorSpec
 from dessilbi.training.environment import environment
 from dessilbi.training.ingredients import data_of, groups_of, model_of
 from dessilbi.training.recipes import load_recipe

@@ -11,12 +11,12 @@ import os
 from dataclasses import asdict
 from pathlib import Path as FilePath
 
-from dessilbi.path import Path
+from dessilbi.files.runs import free_path
+from dessilbi.files.sealing import sealed
+from dessilbi.files.storage import read_json, write_json
+from dessilbi.path.path import Path
 from dessilbi.reporting.figures import save_path_figure
 from dessilbi.reporting.summary import summarise, thinned
-from dessilbi.runs import free_path
-from dessilbi.sealing import sealed
-from dessilbi.storage import read_json, write_json
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.finetune import Trained, judge_tickets, load_trained
 from dessilbi.training.loop import train

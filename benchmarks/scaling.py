@@ -24,8 +24,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from dessilbi import DessiLBI, Path, param_groups, wrap
-from dessilbi.sharding import local
-from dessilbi.storage import read_json, write_json
+from dessilbi.blocks.sharding import local
+from dessilbi.files.storage import read_json, write_json
 from dessilbi.training.engine import engine_for
 from dessilbi.training.environment import environment
 

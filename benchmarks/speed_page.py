@@ -6,7 +6,7 @@ python benchmarks/speed_page.py
 
 from pathlib import Path
 
-from dessilbi.storage import read_json
+from dessilbi.files.storage import read_json
 
 ROOT = Path(__file__).parents[1]
 ORDER = ["lenet", "resnet20", "resnet50", "vit-b", "gpt-350m"]

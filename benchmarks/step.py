@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from dessilbi import DessiLBI, wrap
+from dessilbi.files.storage import write_json
 from dessilbi.kernels import building
-from dessilbi.storage import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}

@@ -44,11 +44,11 @@ from typing import Any
 
 import torch
 
-from dessilbi.drawing import Drawer, Wish
-from dessilbi.runs import Run
-from dessilbi.settling import settled
-from dessilbi.storage import append_line, read_lines
-from dessilbi.ticket import Ticket
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import append_line, read_lines
+from dessilbi.outcomes.tickets import Drawer, Wish
+from dessilbi.path.settling import settled
 from dessilbi.training import retraining
 from dessilbi.training.data import DATA_SETS, DataSet
 from dessilbi.training.finetune import load_trained

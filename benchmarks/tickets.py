@@ -16,13 +16,13 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from dessilbi.choosing import Family
-from dessilbi.drawing import Drawer
-from dessilbi.path import Path
-from dessilbi.runs import Run
-from dessilbi.settling import settled
-from dessilbi.storage import append_line, read_lines
-from dessilbi.ticket import Ticket
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.choosing.choosing import Family
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import append_line, read_lines
+from dessilbi.outcomes.tickets import Drawer
+from dessilbi.path.path import Path
+from dessilbi.path.settling import settled
 from dessilbi.training import loop, retraining
 from dessilbi.training.checkpoints import Checkpoints
 from dessilbi.training.data import DATA_SETS

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from dessilbi import DessiLBI, param_groups
 from dessilbi import Path as DensityPath
+from dessilbi.files.storage import write_json
 from dessilbi.kernels import building
-from dessilbi.storage import write_json
-from dessilbi.training.models import build_model
+from dessilbi.models import build_model
 
 BATCH = 128
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}

@@ -55,7 +55,7 @@ assert small.proof.params_after < small.proof.params_before
 IMAGES = """
 import torch
 from dessilbi import DensityControl, DessiLBI, Path, compact, export, param_groups
-from dessilbi.clock import set_coupling, total_time
+from dessilbi.dynamics.clock import set_coupling, total_time
 from torchvision.datasets import ImageFolder
 from torchvision.models import resnet18
 from torchvision.transforms import ToTensor

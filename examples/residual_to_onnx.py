@@ -11,8 +11,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from dessilbi import DensityControl, DessiLBI, Path, compact, export, param_groups
-from dessilbi.clock import set_coupling, total_time
-from dessilbi.training.models import build_model
+from dessilbi.dynamics.clock import set_coupling, total_time
+from dessilbi.models import build_model
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")

@@ -9,7 +9,7 @@ import argparse
 import torch
 
 from dessilbi import DensityControl, DessiLBI, Path, compact, param_groups, plan
-from dessilbi.clock import set_coupling, total_time
+from dessilbi.dynamics.clock import set_coupling, total_time
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")

@@ -27,12 +27,12 @@ import tiny
 import torch
 from torch import nn
 
-from dessilbi.runs import Run
-from dessilbi.storage import read_json
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import read_json
+from dessilbi.models import IMAGE_MODELS, MODELS
 from dessilbi.training import loop
 from dessilbi.training.data import DATA_SETS, DataSet
 from dessilbi.training.data.generated import synthetic
-from dessilbi.training.models import IMAGE_MODELS, MODELS
 
 SAME = ("init", "model", "scores", "path", "metrics", "recipe")
 # 4 steps an epoch, 8 in all; a point at every second, checkpoints inside epochs and at their end.

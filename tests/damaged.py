@@ -21,12 +21,12 @@ from tiny import shared_run
 from torch import nn
 
 from dessilbi import Path, Ticket, close, compact, save_compact
-from dessilbi.auditing import FAULTS, audit
-from dessilbi.runs import Run
-from dessilbi.saving import open_compact
-from dessilbi.sealing import check_sealed, read_seal, read_sealed, sealed
-from dessilbi.storage import read_lines, write_json
-from dessilbi.tensorfiles import load_tensors
+from dessilbi.files.runs import Run
+from dessilbi.files.sealing import check_sealed, read_seal, read_sealed, sealed
+from dessilbi.files.storage import read_lines, write_json
+from dessilbi.files.tensorfiles import load_tensors
+from dessilbi.outcomes.auditing import FAULTS, audit
+from dessilbi.saving.saving import open_compact
 from dessilbi.testing import random_ticket
 from dessilbi.training.checkpoints import verified
 from dessilbi.training.data.idx import read_idx

@@ -3,11 +3,11 @@
 
 import torch
 
-from dessilbi.history import History
-from dessilbi.pathlines import Point
-from dessilbi.runs import Run, status_of
-from dessilbi.storage import append_line, write_json
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.ticket import TensorSpec
+from dessilbi.files.runs import Run, status_of
+from dessilbi.files.storage import append_line, write_json
+from dessilbi.path.history import History
+from dessilbi.path.lines import Point
 from dessilbi.training.recipes import load_recipe
 
 EVIL = "<img src=x onerror=\"document.title='pwned'\">"

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dessilbi import DessiLBI, dual, fusing, wrap
+from dessilbi import DessiLBI, wrap
+from dessilbi.optimizers import dual, fusing
 
 # Few elements: the interpreter takes milliseconds for each program.
 CASES = {

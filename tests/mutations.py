@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from dessilbi.runs import TrainingError
+from dessilbi.files.runs import TrainingError
 
 LONGEST = 10.0  # seconds
 LARGEST = 1 << 30  # bytes

@@ -9,12 +9,12 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import nn
 
-from dessilbi.closing import close_on
-from dessilbi.compaction import compact
-from dessilbi.costs import CostModel
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.compaction.compaction import compact
+from dessilbi.cuts.closing import close_on
+from dessilbi.cuts.costs import CostModel
 from dessilbi.graph import read_graph
 from dessilbi.testing import random_ticket
-from dessilbi.ticket import TensorSpec, Ticket
 
 ACTIVATIONS = [
     *(nn.ReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Softplus, nn.ELU),

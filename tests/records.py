@@ -6,17 +6,17 @@ from types import SimpleNamespace
 
 import torch
 
-from dessilbi.costs import Cost
-from dessilbi.drawing import Drawn
-from dessilbi.history import History
-from dessilbi.pathlines import Point
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.compaction.proving import Proof
+from dessilbi.cuts.costs import Cost
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import write_json
+from dessilbi.outcomes.tickets import Drawn
+from dessilbi.path.history import History
+from dessilbi.path.lines import Point
 from dessilbi.planning import Plan
 from dessilbi.planning.values import PlannedTensor, PlannedUnit
-from dessilbi.proving import Proof
 from dessilbi.reporting.filters import Filter, Filters
-from dessilbi.runs import Run
-from dessilbi.storage import write_json
-from dessilbi.ticket import TensorSpec, Ticket
 from dessilbi.training.curve import CurvePoint
 from dessilbi.training.studying import Row as RetrainedRow
 

@@ -3,8 +3,8 @@
 
 import torch
 
-from dessilbi import dual
-from dessilbi.structure import expand
+from dessilbi.blocks.structure import expand
+from dessilbi.optimizers import dual
 
 
 @torch.no_grad()

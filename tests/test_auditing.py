@@ -10,11 +10,11 @@ from tiny import QUICK, Recorder, own_copy, shared_run, train_tiny
 from typer.testing import CliRunner
 
 from dessilbi import Path
-from dessilbi.auditing import FAULTS, audit
 from dessilbi.cli import app
-from dessilbi.runs import Run
-from dessilbi.sealing import check_sealed, close_seal, read_seal, reopen_seal
-from dessilbi.storage import DamagedFileError
+from dessilbi.files.runs import Run
+from dessilbi.files.sealing import check_sealed, close_seal, read_seal, reopen_seal
+from dessilbi.files.storage import DamagedFileError
+from dessilbi.outcomes.auditing import FAULTS, audit
 
 
 @pytest.fixture

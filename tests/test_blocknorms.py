@@ -9,12 +9,12 @@ from tiny import QUICK, own_copy, shared_run, train_tiny
 from torch.testing import assert_close
 
 from dessilbi import DessiLBI, Path
-from dessilbi.blocknorms import MOST, followed, norms_of
-from dessilbi.history import History
-from dessilbi.pathlines import Point
-from dessilbi.storage import DamagedFileError
-from dessilbi.tensorfiles import load_tensors
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.ticket import TensorSpec
+from dessilbi.files.storage import DamagedFileError
+from dessilbi.files.tensorfiles import load_tensors
+from dessilbi.path.blocknorms import MOST, followed, norms_of
+from dessilbi.path.history import History
+from dessilbi.path.lines import Point
 
 FILTERS = TensorSpec((6, 4, 3, 3), (1, None, None, None))
 SINGLE = TensorSpec((8, 5), (1, 1))

@@ -15,17 +15,18 @@ import torch
 from tiny import denormals_kept
 from torch import nn
 
-from dessilbi import Ticket, close, compact, measuring
-from dessilbi.blueprint import tensors_of
-from dessilbi.certifying import SilentError
-from dessilbi.choosing import QUANTITIES
-from dessilbi.closing import close_on, settle_on
-from dessilbi.costs import CostModel
-from dessilbi.cutting import cut_module, find_cuts
-from dessilbi.drawing import BUDGETS, Drawer, Wish
+from dessilbi import Ticket, close, compact
+from dessilbi.choosing.choosing import QUANTITIES
+from dessilbi.compaction.blueprint import tensors_of
+from dessilbi.compaction.certifying import SilentError
+from dessilbi.cuts.closing import close_on, settle_on
+from dessilbi.cuts.costs import CostModel
+from dessilbi.cuts.cutting import cut_module, find_cuts
 from dessilbi.graph import read_graph
-from dessilbi.history import NEVER
-from dessilbi.settling import settled
+from dessilbi.outcomes import measuring
+from dessilbi.outcomes.tickets import BUDGETS, Drawer, Wish
+from dessilbi.path.history import NEVER
+from dessilbi.path.settling import settled
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.loop import train
 from dessilbi.training.recipes import load_recipe

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dessilbi import DessiLBI, fusing
+from dessilbi import DessiLBI
 from dessilbi.kernels import building
+from dessilbi.optimizers import fusing
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from dessilbi import DensityControl, DessiLBI, Path, wrap
-from dessilbi.dual import OWN_LAM, members, norms_of, units_of
-from dessilbi.storage import to_json
+from dessilbi.files.storage import to_json
+from dessilbi.optimizers.dual import OWN_LAM, members, norms_of, units_of
 
 STEPS = 120
 

@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.functional import relu
 
 from dessilbi import DessiLBI, Path, compact, param_groups, plan
-from dessilbi.choosing import Family
-from dessilbi.closing import close_on, settle_on
-from dessilbi.costs import CostModel
-from dessilbi.cutting import cut_module, find_cuts
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.choosing.choosing import Family
+from dessilbi.cuts.closing import close_on, settle_on
+from dessilbi.cuts.costs import CostModel
+from dessilbi.cuts.cutting import cut_module, find_cuts
 from dessilbi.graph import read_graph
+from dessilbi.models import build_model
 from dessilbi.testing import random_ticket
-from dessilbi.ticket import TensorSpec, Ticket
-from dessilbi.training.models import build_model
 
 X = torch.linspace(-1, 1, 2 * 28 * 28).reshape(2, 1, 28, 28)
 

@@ -17,8 +17,8 @@ from tiny import QUICK, own_copy, shared_run
 
 from dessilbi import Path, Ticket, __version__, close
 from dessilbi.cli.tour import DENSITIES
-from dessilbi.runs import Run, locked
-from dessilbi.shrinking import example_of
+from dessilbi.files.runs import Run, locked
+from dessilbi.outcomes.compacting import example_of
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.finetune import load_trained
 from dessilbi.training.recipes import load_recipe, recipe_names
@@ -204,7 +204,7 @@ def test_a_run_is_never_overwritten(recipe, tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_path(recipe, tmp_path, monkeypatch):
-    from dessilbi import history
+    from dessilbi.path import history
 
     append, calls = history.append_line, []
 

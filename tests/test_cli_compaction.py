@@ -12,15 +12,15 @@ from commands import assert_failed, call
 from tiny import QUICK, shared_run, train_tiny
 
 from dessilbi import Ticket, close, load_compact
-from dessilbi.drawing import Drawer, Wish
-from dessilbi.runs import Run
-from dessilbi.shrinking import example_of
-from dessilbi.storage import sha256_of
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.ticket import TensorSpec
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import sha256_of
+from dessilbi.models import build_model
+from dessilbi.outcomes.compacting import example_of
+from dessilbi.outcomes.tickets import Drawer, Wish
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.evaluation import masked
 from dessilbi.training.finetune import load_trained
-from dessilbi.training.models import build_model
 
 pytestmark = pytest.mark.usefixtures("command_line")
 

@@ -8,8 +8,8 @@ import torch
 from commands import call
 
 from dessilbi import plan
+from dessilbi.models import build_model
 from dessilbi.training.data import DATA_SETS
-from dessilbi.training.models import build_model
 
 pytestmark = pytest.mark.usefixtures("command_line")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler as lrs
 
 from dessilbi import DessiLBI, wrap
-from dessilbi.clock import (
+from dessilbi.dynamics.clock import (
     PathClock,
     alphas,
     coupling_of,

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from dessilbi import close, compact
-from dessilbi.cutting import Cut, cut_tensor, cut_ticket
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.cuts.cutting import Cut, cut_tensor, cut_ticket
 from dessilbi.testing import random_ticket
-from dessilbi.ticket import TensorSpec, Ticket
 
 X = torch.randn(2, 4, 8, 8)
 

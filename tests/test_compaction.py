@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from dessilbi.closing import close
-from dessilbi.compaction import compact
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.compaction.compaction import compact
+from dessilbi.cuts.closing import close
 from dessilbi.testing import random_ticket
-from dessilbi.ticket import TensorSpec, Ticket
 
 
 class Residual(nn.Module):
@@ -635,7 +635,7 @@ def test_the_rewritten_program_is_exact_as_well(name, monkeypatch):
     def fail(*_):
         raise RuntimeError("forced")
 
-    monkeypatch.setattr("dessilbi.candidates.cut_module", fail)
+    monkeypatch.setattr("dessilbi.compaction.candidates.cut_module", fail)
     model, x, _ = make(name)
     ticket = random_ticket(model, example_inputs=x, density=0.5)
     result = compact(model, ticket, example_inputs=x)

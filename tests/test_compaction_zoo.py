@@ -7,7 +7,7 @@ import pytest
 import torch
 from zoo import ZOO, build
 
-from dessilbi.compaction import compact
+from dessilbi.compaction.compaction import compact
 from dessilbi.testing import random_ticket
 
 pytestmark = pytest.mark.full

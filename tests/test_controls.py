@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_choosing import X, family, make, trained
 
-from dessilbi.controls import random_like
-from dessilbi.costs import CostModel
+from dessilbi.choosing.controls import random_like
+from dessilbi.cuts.costs import CostModel
 from dessilbi.graph import read_graph
 
 

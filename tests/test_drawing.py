@@ -10,9 +10,9 @@ import torch
 from tiny import QUICK, denormals_kept, own_copy, shared_run, train_tiny
 
 from dessilbi import Path, compact
-from dessilbi.drawing import Drawer, Wish
-from dessilbi.scores import load_scores
-from dessilbi.settling import settled
+from dessilbi.outcomes.tickets import Drawer, Wish
+from dessilbi.path.scores import load_scores
+from dessilbi.path.settling import settled
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.finetune import load_trained

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dessilbi import DessiLBI, Path, Ticket, wrap
-from dessilbi.dual import members, shrinks_of, threshold, units_of
-from dessilbi.enforcing import living_entries
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.enforcing import living_entries
+from dessilbi.blocks.ticket import TensorSpec
+from dessilbi.optimizers.dual import members, shrinks_of, threshold, units_of
 
 LAM = 0.3
 MASK = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]]).bool()

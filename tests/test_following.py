@@ -7,11 +7,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from dessilbi import DessiLBI, compact, wrap
-from dessilbi.closing import close_on
-from dessilbi.cutting import cut_tensor
+from dessilbi.blocks.naming import canonical_name
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.cuts.closing import close_on
+from dessilbi.cuts.cutting import cut_tensor
 from dessilbi.graph import read_graph
-from dessilbi.naming import canonical_name
-from dessilbi.ticket import TensorSpec, Ticket
 
 torch.manual_seed(0)
 IMAGES = torch.randn(40, 6, 2, 6, 6, dtype=torch.float64)
@@ -156,7 +156,7 @@ def graph():
 
 @pytest.fixture
 def quick(graph, monkeypatch):
-    monkeypatch.setattr("dessilbi.compaction.read_graph", lambda *_: graph)
+    monkeypatch.setattr("dessilbi.compaction.compaction.read_graph", lambda *_: graph)
     return lambda model, ticket: close_on(graph, ticket)
 
 

@@ -10,12 +10,12 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from dessilbi import DessiLBI, Path, close, compact, wrap
-from dessilbi.closing import close_on
-from dessilbi.cutting import cut_tensor
-from dessilbi.enforcing import enforcements
+from dessilbi.blocks.enforcing import enforcements
+from dessilbi.blocks.sharding import is_sharded
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.cuts.closing import close_on
+from dessilbi.cuts.cutting import cut_tensor
 from dessilbi.graph import read_graph
-from dessilbi.sharding import is_sharded
-from dessilbi.ticket import TensorSpec, Ticket
 
 torch.manual_seed(0)
 X = torch.randn(40, 6, 8, dtype=torch.float64)
@@ -56,7 +56,7 @@ def graph():
 @pytest.fixture
 def quick(graph, monkeypatch):
     """Compact the net above without reading it again."""
-    monkeypatch.setattr("dessilbi.compaction.read_graph", lambda *_: graph)
+    monkeypatch.setattr("dessilbi.compaction.compaction.read_graph", lambda *_: graph)
 
     def compacted(model, optimizer, ticket=None):
         ticket = rows(model, _0=[1, 4, 5], _2=[0]) if ticket is None else ticket
@@ -497,7 +497,7 @@ def test_state_that_is_not_shaped_like_its_parameter_is_refused(make, quick):
 
 def test_sharded_parameters_are_refused(quick, monkeypatch):
     model, optimizer = trained()
-    monkeypatch.setattr("dessilbi.following.is_sharded", lambda p: p is model[0].weight)
+    monkeypatch.setattr("dessilbi.compaction.following.is_sharded", lambda p: p is model[0].weight)
     assert not is_sharded(model[0].weight)
     refused(quick, model, optimizer, "compact on one process")
 

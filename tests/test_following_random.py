@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from random_nets import any_ticket, nets
 
 from dessilbi import DessiLBI
-from dessilbi.closing import close_on, flagged, settle_on
-from dessilbi.compaction import compact
-from dessilbi.cutting import cut_tensor
+from dessilbi.blocks.naming import canonical_name
+from dessilbi.compaction.compaction import compact
+from dessilbi.cuts.closing import close_on, flagged, settle_on
+from dessilbi.cuts.cutting import cut_tensor
 from dessilbi.graph import read_graph
-from dessilbi.naming import canonical_name
 
 pytestmark = pytest.mark.full
 

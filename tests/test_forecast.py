@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dessilbi import DessiLBI, Path
-from dessilbi.clock import PathClock
-from dessilbi.forecast import entry_times, forecast, warn_if_frozen
+from dessilbi.dynamics.clock import PathClock
+from dessilbi.dynamics.forecast import entry_times, forecast, warn_if_frozen
 
 
 class Pulled:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from dessilbi import DessiLBI, dual
+from dessilbi import DessiLBI
+from dessilbi.blocks.structure import extent
 from dessilbi.kernels import cpu, layout
-from dessilbi.structure import extent
+from dessilbi.optimizers import dual
 
 pytestmark = pytest.mark.usefixtures("built_kernel")
 

@@ -14,9 +14,9 @@ from expected import GOLDEN, assert_golden
 from rich.cells import cell_len
 from rich.console import Console
 
-from dessilbi.auditing import Finding
 from dessilbi.cli.terminal import console
 from dessilbi.columns import SPELLED
+from dessilbi.outcomes.auditing import Finding
 from dessilbi.reporting import tables
 from dessilbi.reporting.summary import summarise
 from dessilbi.training.finetune import Outcome
@@ -99,7 +99,7 @@ def test_recipes_doctor_and_verify_print_what_they_printed(monkeypatch):
         "dessilbi.cli.training.recipe_names", lambda: ["digits-lenet", "cifar10-resnet50-lasso"]
     )
     monkeypatch.setattr("dessilbi.reporting.doctor.findings", lambda _: FOUND)
-    monkeypatch.setattr("dessilbi.auditing.audit", lambda _: FINDINGS)
+    monkeypatch.setattr("dessilbi.outcomes.auditing.audit", lambda _: FINDINGS)
     told = [call("recipes"), call("doctor"), call("verify", GOLDEN / "run")]
     text = "\n".join(each.stdout for each in told).replace(str(GOLDEN), "GOLDEN")
     assert_golden("recipes-doctor-verify.txt", text)

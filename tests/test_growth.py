@@ -11,11 +11,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from dessilbi import DessiLBI, Path, grow, param_groups, wrap
 from dessilbi.graph import read_graph
-from dessilbi.planting import resized
-from dessilbi.training.models import build_model
-from dessilbi.training.models.gpt import GPT
-from dessilbi.training.models.resnet import Bottleneck, ResNet
-from dessilbi.widening import widths_of
+from dessilbi.growth.planting import resized
+from dessilbi.growth.widening import widths_of
+from dessilbi.models import build_model
+from dessilbi.models.gpt import GPT
+from dessilbi.models.resnet import Bottleneck, ResNet
 
 
 def small_net():
@@ -175,7 +175,7 @@ def test_a_path_goes_on_and_knows_when_blocks_were_born(tmp_path):
     assert path.step == 8
     stepped(model, optimizer, 1)
     assert path.step == 8
-    from dessilbi.history import History
+    from dessilbi.path.history import History
 
     read = History.load(tmp_path / "path.jsonl")
     assert read.specs == path.history.specs

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dessilbi.history import NEVER, History, Point
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.ticket import TensorSpec
+from dessilbi.path.history import NEVER, History, Point
 
 SPECS = {"a": TensorSpec((5, 3), (1, None)), "b": TensorSpec((3, 4), (1, 1))}
 UNITS = {"a": "u", "b": None}

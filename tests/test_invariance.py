@@ -4,9 +4,10 @@
 import torch
 from torch import nn
 
-from dessilbi import DensityControl, DessiLBI, dual, param_groups
-from dessilbi.invariance import is_scale_free
-from dessilbi.targets import Target
+from dessilbi import DensityControl, DessiLBI, param_groups
+from dessilbi.dynamics.invariance import is_scale_free
+from dessilbi.dynamics.targets import Target
+from dessilbi.optimizers import dual
 
 X = torch.linspace(-1, 1, 16 * 3 * 8 * 8).reshape(16, 3, 8, 8).sin()
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dessilbi import DessiLBI
-from dessilbi.structure import block_norms, block_size, resolve
+from dessilbi.blocks.structure import block_norms, block_size, resolve
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

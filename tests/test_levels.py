@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from dessilbi import DessiLBI, levels
-from dessilbi.dual import members, norms_of, units_of
-from dessilbi.levels import Blocks
+from dessilbi import DessiLBI
+from dessilbi.dynamics import levels
+from dessilbi.dynamics.levels import Blocks
+from dessilbi.optimizers.dual import members, norms_of, units_of
 
 GROUPS = [
     ((12, 8), "element", 1.0),

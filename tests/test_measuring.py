@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_choosing import X, family, trained
 
-from dessilbi import measuring
-from dessilbi.measuring import choose_by_drop, choose_by_latency
+from dessilbi.outcomes import measuring
+from dessilbi.outcomes.measuring import choose_by_drop, choose_by_latency
 
 
 def density_of(ticket):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dessilbi import DessiLBI, Path
-from dessilbi.monitors import (
+from dessilbi.dynamics.monitors import (
     EDGES,
     Lyapunov,
     coupling_gap,
@@ -18,7 +18,7 @@ from dessilbi.monitors import (
     norm_histogram,
     warn_about_dead_units,
 )
-from dessilbi.safety import largest_step
+from dessilbi.dynamics.safety import largest_step
 
 
 def regression(seed=0, *, samples=120, features=20):

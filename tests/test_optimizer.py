@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dessilbi import DessiLBI
-from dessilbi.structure import block_norms, resolve
+from dessilbi.blocks.structure import block_norms, resolve
 
 both_kernels = pytest.mark.parametrize("foreach", [False, True], ids=["reference", "foreach"])
 

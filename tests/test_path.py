@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.testing import assert_close
 
 from dessilbi import DessiLBI, Path
-from dessilbi.history import NEVER
-from dessilbi.runs import Run
-from dessilbi.scores import ORDERS
+from dessilbi.files.runs import Run
+from dessilbi.path.history import NEVER
+from dessilbi.path.scores import ORDERS
 
 FILTERS = torch.linspace(0.3, 2.0, 6).unsqueeze(1) * torch.randn(
     6, 4, generator=torch.Generator().manual_seed(1)

@@ -12,11 +12,11 @@ from test_compaction import NETS, Gate, make
 from torch import nn
 
 from dessilbi import Plan, plan
-from dessilbi.closing import close_on
-from dessilbi.compaction import compact
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.compaction.compaction import compact
+from dessilbi.cuts.closing import close_on
+from dessilbi.files.storage import to_json
 from dessilbi.graph import read_graph
-from dessilbi.storage import to_json
-from dessilbi.ticket import TensorSpec, Ticket
 
 IMAGE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 SMALL = {

@@ -9,12 +9,12 @@ import torch
 from test_compaction import make
 from torch import nn
 
-from dessilbi.certifying import probes_of
-from dessilbi.compaction import close, compact
-from dessilbi.proving import Proof, measure_latency, sparse_bytes
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.compaction.certifying import probes_of
+from dessilbi.compaction.compaction import close, compact
+from dessilbi.compaction.proving import Proof, measure_latency, sparse_bytes
+from dessilbi.compaction.witness import tolerance
 from dessilbi.testing import random_ticket
-from dessilbi.ticket import TensorSpec, Ticket
-from dessilbi.witness import tolerance
 
 
 def element_ticket(name, mask):

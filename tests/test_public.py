@@ -26,7 +26,7 @@ def test_importing_the_package_does_not_load_torch():
 
 def test_the_first_use_of_a_name_loads_it():
     done = run_python("import dessilbi; print(dessilbi.DessiLBI.__module__)")
-    assert done.stdout.split() == ["dessilbi.optimizer"]
+    assert done.stdout.split() == ["dessilbi.optimizers.optimizer"]
 
 
 @pytest.mark.parametrize("name", dessilbi.__all__)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dessilbi import runs
-from dessilbi.runs import SCHEMA_VERSION, BusyError, Run, create_run, free_path, locked
-from dessilbi.sealing import unsealed
+from dessilbi.files import runs
+from dessilbi.files.runs import SCHEMA_VERSION, BusyError, Run, create_run, free_path, locked
+from dessilbi.files.sealing import unsealed
 
 
 def test_every_file_of_a_run_lies_in_its_folder_under_a_name_of_its_own(tmp_path):
@@ -90,7 +90,7 @@ def test_a_free_path_is_the_first_that_is_not_taken(tmp_path):
 
 
 def test_runs_can_be_named_without_loading_torch():
-    code = "import sys, dessilbi.runs; sys.exit('torch' in sys.modules)"
+    code = "import sys, dessilbi.files.runs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -149,7 +149,7 @@ def test_of_two_that_want_any_name_each_gets_one(tmp_path, monkeypatch):
 
 LOCKS = """
 import sys
-from dessilbi.runs import Run, locked
+from dessilbi.files.runs import Run, locked
 with locked(Run(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

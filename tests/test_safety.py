@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dessilbi import DessiLBI
-from dessilbi.safety import check_step, largest_step, lipschitz
+from dessilbi.dynamics.safety import check_step, largest_step, lipschitz
 
 
 def quadratic(eigenvalues):

@@ -15,14 +15,14 @@ from torch import nn
 from zoo import build
 
 from dessilbi import compact, load_compact, save_compact
-from dessilbi.inputs import LARGEST, FixedInput, TensorInput, describe, draw
-from dessilbi.manifest import FILES, NAME, read_manifest
-from dessilbi.registry import build_registered
-from dessilbi.saving import open_compact
-from dessilbi.sealing import checksum_of
-from dessilbi.storage import as_json
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.files.sealing import checksum_of
+from dessilbi.files.storage import as_json
+from dessilbi.graph.inputs import LARGEST, FixedInput, TensorInput, describe, draw
+from dessilbi.models.registry import build_registered
+from dessilbi.saving.manifest import FILES, NAME, read_manifest
+from dessilbi.saving.saving import open_compact
 from dessilbi.testing import random_ticket
-from dessilbi.ticket import Ticket
 
 
 @functools.cache
@@ -157,9 +157,9 @@ def test_answers_that_are_the_same_tensor_twice_are_kept(tmp_path):
 def test_a_disk_that_fills_up_under_weights_or_answers_leaves_nothing(
     number, tmp_path, monkeypatch
 ):
-    import dessilbi.storage
+    import dessilbi.files.storage
 
-    seen, write = [], dessilbi.storage.write_atomic
+    seen, write = [], dessilbi.files.storage.write_atomic
 
     def full(path, data):
         seen.append(path)
@@ -167,7 +167,7 @@ def test_a_disk_that_fills_up_under_weights_or_answers_leaves_nothing(
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr("dessilbi.saving.write_atomic", full)
+    monkeypatch.setattr("dessilbi.saving.saving.write_atomic", full)
     with pytest.raises(OSError, match="No space"):
         save_compact(compacted("residual")[0], tmp_path / "small")
     assert len(seen) == number
@@ -216,7 +216,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dessilbi.saving.write_manifest", full)
+    monkeypatch.setattr("dessilbi.saving.saving.write_manifest", full)
     with pytest.raises(OSError, match="No space"):
         save_compact(compacted("residual")[0], tmp_path / "small")
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dessilbi import DensityControl, DessiLBI
-from dessilbi.scheduling import RAMP, Schedules, piecewise
+from dessilbi.dynamics.scheduling import RAMP, Schedules, piecewise
 
 STEPS = 40
 

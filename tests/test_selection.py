@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cut_shapes
 
-from dessilbi.selection import LAYER_FLOOR, rank
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.ticket import TensorSpec
+from dessilbi.choosing.selection import LAYER_FLOOR, rank
 
 DENSITIES = st.floats(0.0, 1.0, exclude_min=True)
 NO_UNITS: dict[str, str | None] = {}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dessilbi.settling import distance, settled
-from dessilbi.ticket import TensorSpec, Ticket
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.path.settling import distance, settled
 
 SPEC = {"w": TensorSpec((10, 3), (1, None))}
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from dessilbi import storage
+from dessilbi.files import storage
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import block_of, cut_shapes, cut_tensors, shapes, tensors
 from torch.testing import assert_close
 
-from dessilbi.structure import (
+from dessilbi.blocks.structure import (
     alias_of,
     block_norms,
     block_size,

@@ -13,8 +13,8 @@ from strategies import block_of, cut_shapes
 from torch import nn
 
 from dessilbi import DessiLBI, Ticket
-from dessilbi.structure import grid_shape
-from dessilbi.ticket import TensorSpec, pack_bits, unpack_bits
+from dessilbi.blocks.structure import grid_shape
+from dessilbi.blocks.ticket import TensorSpec, pack_bits, unpack_bits
 
 
 class Net(nn.Module):

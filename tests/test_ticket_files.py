@@ -11,7 +11,7 @@ from hypothesis import given
 from test_ticket import ticket_of, tickets
 
 from dessilbi import Ticket
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.ticket import TensorSpec
 
 
 @pytest.fixture

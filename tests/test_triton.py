@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from dessilbi import DessiLBI, fusing
-from dessilbi.options import check_group
+from dessilbi import DessiLBI
+from dessilbi.optimizers import fusing
+from dessilbi.optimizers.options import check_group
 
 pytest.importorskip("triton")
 

@@ -8,10 +8,10 @@ import torch
 from test_compaction import NETS, make
 from torch import nn
 
-from dessilbi.compaction import close, compact
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.compaction.compaction import close, compact
+from dessilbi.cuts.unread import unread_blocks
 from dessilbi.graph import read_graph
-from dessilbi.ticket import TensorSpec, Ticket
-from dessilbi.unread import unread_blocks
 
 
 def columns_ticket(model, names, dead):

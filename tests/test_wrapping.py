@@ -228,7 +228,7 @@ def test_a_group_added_to_the_wrapped_or_to_its_base_gets_the_options_of_wrap():
 
 def test_the_kernel_is_prepared_for_groups_that_are_added_with_a_structure(monkeypatch):
     prepared = []
-    monkeypatch.setattr("dessilbi.fusing.prepare", prepared.extend)
+    monkeypatch.setattr("dessilbi.optimizers.fusing.prepare", prepared.extend)
     first, plain, late = (nn.Parameter(torch.ones(4, 3)) for _ in range(3))
     optimizer = wrap(SGD([("first", first)], lr=0.1), nu=1.0, lam=1.0, fused=True)
     optimizer.add_param_group({"params": [("plain", plain)]})

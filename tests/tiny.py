@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from dessilbi.runs import Run
+from dessilbi.files.runs import Run
 from dessilbi.training.data import DATA_SETS, DataSet
 from dessilbi.training.data.generated import synthetic
 from dessilbi.training.loop import train

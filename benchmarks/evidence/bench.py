@@ -14,7 +14,7 @@ from benchmarks.evidence.tasks import Task, task
 from benchmarks.evidence.training import Spent, Stage, fit, sgd
 from torch import nn
 
-from dessilbi.storage import append_line, write_atomic
+from dessilbi.files.storage import append_line, write_atomic
 
 # Which method's trials another takes over.
 BORROWED = {

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from dessilbi.counting import count_macs
+from dessilbi.cuts.counting import count_macs
+from dessilbi.models import LeNet, build_model
+from dessilbi.models.gpt import GPT
 from dessilbi.training.data import load_data
 from dessilbi.training.feeding import InMemory, Split
-from dessilbi.training.models import LeNet, build_model
-from dessilbi.training.models.gpt import GPT
 
 BATCH_TO_JUDGE = 250
 CHANNELS_LAST = torch.channels_last

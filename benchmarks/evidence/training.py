@@ -14,9 +14,9 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dessilbi import Path, Ticket
-from dessilbi.selection import rank
-from dessilbi.structure import resolve
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.structure import resolve
+from dessilbi.blocks.ticket import TensorSpec
+from dessilbi.choosing.selection import rank
 from dessilbi.training.evaluation import recalibrated
 
 MOMENTUM = 0.9

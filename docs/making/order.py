@@ -1,46 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order of the files in docs/architecture.md, from tests/test_layers.py.
 
-`python docs/making/order.py` writes it; a test holds that it is current. A file without a comment
-in the order is described by the first line of its docstring.
+`python docs/making/order.py` writes it; a test holds that it is current. Rooms and files of which
+the order says nothing are described by the first line of their docstring.
 """
 
 import ast
-import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "dessilbi"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- order -->\n", "<!-- order end -->"
-ENTRY = re.compile(r'^    "(\w+)",(?:  # (.*))?$', re.M)
 
 
-def exists(module: str) -> bool:
-    """Return whether a place in the order is taken."""
-    source = ROOT / "src" / "dessilbi"
-    return (source / f"{module}.py").exists() or (source / module).is_dir()
+def order() -> dict[str, str | dict[str, str]]:
+    """Return the order as the tests have it, without importing them."""
+    for node in ast.parse((ROOT / "tests" / "test_layers.py").read_text()).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "ORDER":
+            assert node.value is not None
+            found: dict[str, str | dict[str, str]] = ast.literal_eval(node.value)
+            return found
+    raise LookupError("tests/test_layers.py has no ORDER")
 
 
-def described(module: str) -> str:
-    """Return the first line of a module's docstring."""
-    source = ROOT / "src" / "dessilbi"
-    file = source / f"{module}.py"
-    if not file.exists():
-        file = source / module / "__init__.py"
-    text = ast.get_docstring(ast.parse(file.read_text())) or ""
-    return text.splitlines()[0].rstrip(".").replace("``", "`")
-
-
-def place(module: str) -> str:
-    """Return the file or folder of a module."""
-    return f"{module}.py" if (ROOT / "src" / "dessilbi" / f"{module}.py").exists() else f"{module}/"
+def described(room: str) -> str:
+    """Return the first line of the docstring of a room or file, without its name."""
+    file = SOURCE / f"{room}.py"
+    text = ast.get_docstring(
+        ast.parse((file if file.exists() else SOURCE / room / "__init__.py").read_text())
+    )
+    assert text is not None
+    name, colon, said = text.splitlines()[0].rstrip(".").replace("``", "`").partition(": ")
+    return said if colon and len(name.split()) == 1 else name + colon + said
 
 
 def table() -> str:
     """Return the list as it stands in the page."""
-    listed = (ROOT / "tests" / "test_layers.py").read_text().split("ORDER = [")[1].split("\n]")[0]
-    found = [(m, said) for m, said in ENTRY.findall(listed) if exists(m)]
-    rows = [f"| `{place(m)}` | {said or described(m)} |" for m, said in found]
+    rows = []
+    for room, said in order().items():
+        if isinstance(said, dict):
+            rows.append(f"| **`{room}/`** | **{described(room)}** |")
+            rows += [f"| `{room}/{file}.py` | {text} |" for file, text in said.items()]
+        elif (SOURCE / f"{room}.py").exists():
+            rows.append(f"| `{room}.py` | {said or described(room)} |")
+        else:
+            rows.append(f"| **`{room}/`** | **{said or described(room)}** |")
     return "\n".join(["| file | what |", "|---|---|", *rows]) + "\n"
 
 

@@ -8,44 +8,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dessilbi.calibration import DensityControl as DensityControl
-    from dessilbi.compaction import Compacted as Compacted
-    from dessilbi.compaction import close as close
-    from dessilbi.compaction import compact as compact
+    from dessilbi.blocks.ticket import Ticket as Ticket
+    from dessilbi.compaction.compaction import Compacted as Compacted
+    from dessilbi.compaction.compaction import close as close
+    from dessilbi.compaction.compaction import compact as compact
+    from dessilbi.dynamics.calibration import DensityControl as DensityControl
     from dessilbi.exporting import export as export
     from dessilbi.groups import param_groups as param_groups
-    from dessilbi.growth import Grown as Grown
-    from dessilbi.growth import grow as grow
+    from dessilbi.growth.growth import Grown as Grown
+    from dessilbi.growth.growth import grow as grow
     from dessilbi.maximising import maximise as maximise
-    from dessilbi.optimizer import DessiLBI as DessiLBI
-    from dessilbi.path import Path as Path
+    from dessilbi.optimizers.optimizer import DessiLBI as DessiLBI
+    from dessilbi.optimizers.wrapping import wrap as wrap
+    from dessilbi.path.path import Path as Path
     from dessilbi.planning import Plan as Plan
     from dessilbi.planning import plan as plan
-    from dessilbi.saving import load_compact as load_compact
-    from dessilbi.saving import save_compact as save_compact
-    from dessilbi.ticket import Ticket as Ticket
-    from dessilbi.wrapping import wrap as wrap
+    from dessilbi.saving.saving import load_compact as load_compact
+    from dessilbi.saving.saving import save_compact as save_compact
 
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
-    "Compacted": "dessilbi.compaction",
-    "DensityControl": "dessilbi.calibration",
-    "DessiLBI": "dessilbi.optimizer",
-    "Grown": "dessilbi.growth",
-    "Path": "dessilbi.path",
+    "Compacted": "dessilbi.compaction.compaction",
+    "DensityControl": "dessilbi.dynamics.calibration",
+    "DessiLBI": "dessilbi.optimizers.optimizer",
+    "Grown": "dessilbi.growth.growth",
+    "Path": "dessilbi.path.path",
     "Plan": "dessilbi.planning",
-    "Ticket": "dessilbi.ticket",
-    "close": "dessilbi.compaction",
-    "compact": "dessilbi.compaction",
+    "Ticket": "dessilbi.blocks.ticket",
+    "close": "dessilbi.compaction.compaction",
+    "compact": "dessilbi.compaction.compaction",
     "export": "dessilbi.exporting",
-    "grow": "dessilbi.growth",
-    "load_compact": "dessilbi.saving",
+    "grow": "dessilbi.growth.growth",
+    "load_compact": "dessilbi.saving.saving",
     "maximise": "dessilbi.maximising",
     "param_groups": "dessilbi.groups",
     "plan": "dessilbi.planning",
-    "save_compact": "dessilbi.saving",
-    "wrap": "dessilbi.wrapping",
+    "save_compact": "dessilbi.saving.saving",
+    "wrap": "dessilbi.optimizers.wrapping",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -16,12 +16,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dessilbi.certifying import difference, floating, magnitude, outputs
+from dessilbi.blocks.naming import unwrap
+from dessilbi.compaction.certifying import difference, floating, magnitude, outputs
+from dessilbi.compaction.proving import check_finite
+from dessilbi.files.storage import sync_file, sync_folder
+from dessilbi.graph.inputs import Arguments, TensorInput, describe, draw
 from dessilbi.graph.program import ExampleInputs, as_arguments, evaluating, export_program
-from dessilbi.inputs import Arguments, TensorInput, describe, draw
-from dessilbi.naming import unwrap
-from dessilbi.proving import check_finite
-from dessilbi.storage import sync_file, sync_folder
 
 ONNX_LIMIT = 2**31 - 2**20  # bytes of weights; a protobuf file ends at 2 GiB
 RUNTIME_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dessilbi.foreign import is_conv1d
+from dessilbi.blocks.naming import canonical_names, unwrap
+from dessilbi.blocks.structure import Structure, alias_of, resolve
 from dessilbi.graph import Coupling, Graph, couplings, filters, read_graph, why_alone
+from dessilbi.graph.foreign import is_conv1d
 from dessilbi.graph.program import ExampleInputs
-from dessilbi.naming import canonical_names, unwrap
-from dessilbi.optimizer import DessiLBI
-from dessilbi.structure import Structure, alias_of, resolve
+from dessilbi.optimizers.optimizer import DessiLBI
 
 Rule = Structure | Mapping[str, Any] | None
 Rules = Mapping[str, Rule] | Sequence[tuple[str, Rule]]

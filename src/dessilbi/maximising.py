@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dessilbi.blocks.naming import unwrap
 from dessilbi.graph.program import evaluating
-from dessilbi.naming import unwrap
 
 LAYERS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),

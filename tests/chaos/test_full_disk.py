@@ -12,8 +12,8 @@ import chaotic
 import pytest
 from chaotic import FAILED_WELL, OK, Fault, go_on, run_child, said
 
-from dessilbi.auditing import FAULTS, audit
-from dessilbi.runs import Run
+from dessilbi.files.runs import Run
+from dessilbi.outcomes.auditing import FAULTS, audit
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

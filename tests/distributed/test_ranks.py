@@ -20,7 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
-from dessilbi import DensityControl, DessiLBI, dual, wrap
+from dessilbi import DensityControl, DessiLBI, wrap
+from dessilbi.optimizers import dual
 
 STEPS = 12
 # Blocks that straddle the shards, odd sizes that leave shards uneven or empty, and a unit.

@@ -19,13 +19,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from dessilbi import Path
-from dessilbi.runs import BusyError, Run, TrainingError, locked
-from dessilbi.storage import read_json, read_lines, to_json
+from dessilbi.files.runs import BusyError, Run, TrainingError, locked
+from dessilbi.files.storage import read_json, read_lines, to_json
+from dessilbi.models import IMAGE_MODELS, MODELS
 from dessilbi.training import engine, loop
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.engine import engine_for
 from dessilbi.training.finetune import load_trained
-from dessilbi.training.models import IMAGE_MODELS, MODELS
 from dessilbi.training.recipes import RecipeError
 from dessilbi.training.retraining import Wish, data_for, retraining
 from dessilbi.training.session import Session

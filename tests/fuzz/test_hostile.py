@@ -19,11 +19,11 @@ from mutations import Memory, outcome
 from tiny import Recorder, denormals_kept, own_copy, shared_run
 
 from dessilbi import Path, Ticket
-from dessilbi.auditing import FAULTS, audit
-from dessilbi.runs import Run
-from dessilbi.sealing import checksum_of, close_seal, sealed, unsealed
-from dessilbi.storage import as_json, read_json, to_json, write_json
-from dessilbi.tensorfiles import load_tensors
+from dessilbi.files.runs import Run
+from dessilbi.files.sealing import checksum_of, close_seal, sealed, unsealed
+from dessilbi.files.storage import as_json, read_json, to_json, write_json
+from dessilbi.files.tensorfiles import load_tensors
+from dessilbi.outcomes.auditing import FAULTS, audit
 from dessilbi.training import loop
 from dessilbi.training.data import load_data
 from dessilbi.training.data.idx import read_idx
@@ -364,7 +364,7 @@ class Bomb:
 def test_a_folder_that_poses_as_a_run_of_fsdp2_executes_nothing_unasked(interrupted, tmp_path):
     import pickle
 
-    from dessilbi.storage import sha256_of
+    from dessilbi.files.storage import sha256_of
     from dessilbi.training.checkpoints import UntrustedError
 
     folder, mark = tmp_path / "run", tmp_path / "executed"

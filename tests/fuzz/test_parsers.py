@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from mutations import outcome
 
 from dessilbi import Path, Ticket
-from dessilbi.runs import Run
-from dessilbi.sealing import read_seal, sealed, unsealed
-from dessilbi.storage import from_json, read_json, read_lines, to_json
-from dessilbi.tensorfiles import load_tensors
+from dessilbi.files.runs import Run
+from dessilbi.files.sealing import read_seal, sealed, unsealed
+from dessilbi.files.storage import from_json, read_json, read_lines, to_json
+from dessilbi.files.tensorfiles import load_tensors
 from dessilbi.training.data.idx import read_idx
 from dessilbi.training.data.pickles import read_pickle
 from dessilbi.training.recipes import load_recipe, validate_recipe

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from tiny import own_copy, shared_run
 
+from dessilbi.files.sealing import sealed
+from dessilbi.files.storage import write_json
 from dessilbi.reporting.figures import save_path_figure
 from dessilbi.reporting.summary import summarise
-from dessilbi.sealing import sealed
-from dessilbi.storage import write_json
 
 pytest.importorskip("matplotlib")
 

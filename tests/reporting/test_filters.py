@@ -12,7 +12,7 @@ from tiny import QUICK, own_copy, shared_run, train_tiny
 from torch import nn
 
 from dessilbi import Path
-from dessilbi.drawing import Drawer
+from dessilbi.outcomes.tickets import Drawer
 from dessilbi.reporting import filters as filters_module
 from dessilbi.reporting.filters import Filter, Filters, filters_of
 

@@ -21,9 +21,13 @@ from typer.testing import CliRunner
 
 import dessilbi
 from dessilbi import DessiLBI, Path, param_groups
+from dessilbi.blocks.ticket import TensorSpec
 from dessilbi.cli import app
-from dessilbi.drawing import Drawer, Wish
-from dessilbi.history import NEVER
+from dessilbi.files.runs import Run, status_of
+from dessilbi.files.sealing import sealed
+from dessilbi.files.storage import DamagedFileError, append_line, write_json
+from dessilbi.outcomes.tickets import Drawer, Wish
+from dessilbi.path.history import NEVER
 from dessilbi.reporting import blockfigures, palette, plots
 from dessilbi.reporting.comparison import growth_charts, macs_chart
 from dessilbi.reporting.evidence import evidence_of, labels_of
@@ -32,10 +36,6 @@ from dessilbi.reporting.page import Report, hash_of, report_of
 from dessilbi.reporting.scales import of_accuracy
 from dessilbi.reporting.sections import figures_of
 from dessilbi.reporting.svg import to_svg
-from dessilbi.runs import Run, status_of
-from dessilbi.sealing import sealed
-from dessilbi.storage import DamagedFileError, append_line, write_json
-from dessilbi.ticket import TensorSpec
 
 
 class Reader(HTMLParser):

@@ -7,9 +7,9 @@ import pytest
 from tiny import own_copy, shared_run
 
 from dessilbi import Path
-from dessilbi.history import History
+from dessilbi.files.storage import to_json
+from dessilbi.path.history import History
 from dessilbi.reporting.summary import METRICS, summarise, thinned
-from dessilbi.storage import to_json
 
 KEYS = [
     *("step", "epoch", "time", "density", "accuracy", "ticket_accuracy", "gamma_accuracy"),

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dessilbi.models import build_model
 from dessilbi.training.data import DATA_SETS, load_data
 from dessilbi.training.data.generated import digits, synthetic
-from dessilbi.training.models import build_model
 
 
 def all_of(split):

@@ -12,12 +12,12 @@ from tiny import FEW, Recorder, denormals_kept, train_tiny
 from torch import nn
 
 from dessilbi import Path
-from dessilbi.runs import Run
-from dessilbi.settling import settled
-from dessilbi.storage import read_lines
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import read_lines
+from dessilbi.models import IMAGE_MODELS, MODELS
+from dessilbi.path.settling import settled
 from dessilbi.training import loop
 from dessilbi.training.data import DATA_SETS
-from dessilbi.training.models import IMAGE_MODELS, MODELS
 
 # 5 steps an epoch, 15 in all, a point at each.
 SHORT = (

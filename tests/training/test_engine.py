@@ -16,7 +16,7 @@ from tiny import QUICK, train_tiny
 from torch import nn
 
 from dessilbi import Path
-from dessilbi.storage import read_json, read_lines
+from dessilbi.files.storage import read_json, read_lines
 from dessilbi.training.engine import engine_for
 from dessilbi.training.opening import compare
 from dessilbi.training.randomness import random_states, seeded, set_random_states

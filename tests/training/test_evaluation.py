@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dessilbi.ticket import TensorSpec, Ticket
+from dessilbi.blocks.ticket import TensorSpec, Ticket
 from dessilbi.training.evaluation import (
     accuracy,
     answered,

@@ -11,7 +11,7 @@ from tiny import denormals_kept, own_copy, shared_run
 from torch import nn
 
 from dessilbi import Path
-from dessilbi.ticket import TensorSpec, Ticket
+from dessilbi.blocks.ticket import TensorSpec, Ticket
 from dessilbi.training import loop
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.finetune import finetune, judge_ticket, judge_tickets, load_trained
@@ -137,7 +137,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_sentence(tmp_path, damage):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    from dessilbi.runs import Run
+    from dessilbi.files.runs import Run
 
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
         load_trained(Run(tmp_path))

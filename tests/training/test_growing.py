@@ -12,20 +12,20 @@ import torch
 from tiny import FEW, Recorder, denormals_kept
 
 from dessilbi import Path, grow
-from dessilbi.drawing import Drawer
-from dessilbi.drawing import Wish as DrawnBy
+from dessilbi.files.storage import read_lines
 from dessilbi.graph import read_graph
-from dessilbi.storage import read_lines
+from dessilbi.growth.widening import find_change, widths_of
+from dessilbi.models import build_model
+from dessilbi.outcomes.tickets import Drawer
+from dessilbi.outcomes.tickets import Wish as DrawnBy
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.finetune import load_trained
 from dessilbi.training.growth_table import GrowRecipe
 from dessilbi.training.loop import resume, train
-from dessilbi.training.models import build_model
 from dessilbi.training.recipes import RecipeError, load_recipe, validate_recipe
 from dessilbi.training.retraining import Wish, retraining
 from dessilbi.training.starting import Start
 from dessilbi.training.widths import costs_after, start_of, wanted, within
-from dessilbi.widening import find_change, widths_of
 
 # What a net of a few filters, trained for a few steps, is rightly warned about.
 pytestmark = pytest.mark.filterwarnings("ignore:many units are dead", "ignore:no block can enter")

@@ -14,12 +14,12 @@ from tiny import FEW, Recorder, denormals_kept, train_tiny
 from torch import nn
 
 from dessilbi import Path
-from dessilbi.runs import Run, TrainingError
-from dessilbi.storage import read_lines
+from dessilbi.files.runs import Run, TrainingError
+from dessilbi.files.storage import read_lines
+from dessilbi.models import IMAGE_MODELS, MODELS
 from dessilbi.training import guards, loop
 from dessilbi.training.data import DATA_SETS, load_data
 from dessilbi.training.guards import resuming
-from dessilbi.training.models import IMAGE_MODELS, MODELS
 
 # 5 steps an epoch, 15 in all; a checkpoint at the end of each epoch.
 SHORT = (

@@ -7,9 +7,9 @@ import torch
 from tiny import QUICK, denormals_kept, shared_run, train_tiny
 
 from dessilbi import Path, load_compact
-from dessilbi.runs import Run
-from dessilbi.shrinking import save_shrunk, shrink
-from dessilbi.storage import read_json
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import read_json
+from dessilbi.outcomes.compacting import save_shrunk, shrink
 from dessilbi.training import loop
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.evaluation import accuracy

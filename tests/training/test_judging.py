@@ -12,10 +12,10 @@ from rich.console import Console
 from tiny import FEW, QUICK, Recorder, shared_run, tiny_recipe, train_tiny
 
 from dessilbi import Path
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import read_lines
 from dessilbi.reporting.summary import summarise
 from dessilbi.reporting.tables import path_table
-from dessilbi.runs import Run
-from dessilbi.storage import read_lines
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.engine import engine_for
 from dessilbi.training.evaluation import accuracy, masked

@@ -12,10 +12,10 @@ from tiny import QUICK, Recorder, denormals_kept, shared_run, tiny_recipe, train
 from torch.testing import assert_close
 
 from dessilbi import Path
-from dessilbi.runs import Run
-from dessilbi.storage import read_lines
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import read_lines
+from dessilbi.models import build_model
 from dessilbi.training.loop import TrainingError, train
-from dessilbi.training.models import build_model
 
 
 def names(folder):
@@ -151,7 +151,7 @@ def test_a_run_that_is_cut_short_says_so_and_keeps_its_path(tmp_path, error, sta
 
 
 def test_a_full_disk_while_the_path_is_written_keeps_what_was_there(tmp_path, monkeypatch):
-    from dessilbi import history
+    from dessilbi.path import history
 
     append, calls = history.append_line, []
 

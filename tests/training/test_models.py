@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dessilbi.training.models import IMAGE_MODELS, MODELS, build_model
-from dessilbi.training.models.gpt import GPT
-from dessilbi.training.models.resnet import BasicBlock, Bottleneck, ResNet
+from dessilbi.models import IMAGE_MODELS, MODELS, build_model
+from dessilbi.models.gpt import GPT
+from dessilbi.models.resnet import BasicBlock, Bottleneck, ResNet
 
 # 2 (a + b): weight and bias of batch norms. By hand, layer by layer, for 10 classes.
 LENET = (25 + 1) * 6 + (150 + 1) * 16 + (400 + 1) * 120 + 121 * 84 + 85 * 10

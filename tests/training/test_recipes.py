@@ -202,14 +202,14 @@ def test_an_infinite_dampening_is_refused(mine, assignment):
 
 
 def test_a_recipe_that_was_written_down_is_read_back_as_it_was(mine):
-    from dessilbi.storage import to_json
+    from dessilbi.files.storage import to_json
 
     recipe = load_recipe(str(mine))
     assert Recipe.model_validate_json(to_json(recipe.model_dump())) == recipe
 
 
 def test_an_infinite_lam_of_a_rule_is_read_back_as_a_number(mine):
-    from dessilbi.storage import to_json
+    from dessilbi.files.storage import to_json
 
     recipe = load_recipe(str(mine), ["structure.fc1.weight={lam=inf}"])
     assert Recipe.model_validate_json(to_json(recipe.model_dump())) == recipe

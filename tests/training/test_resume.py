@@ -13,11 +13,11 @@ from tiny import FEW, Recorder, denormals_kept, train_tiny
 from torch import nn
 
 from dessilbi import Path
-from dessilbi.runs import BusyError, Run, TrainingError, locked
-from dessilbi.storage import DamagedFileError, read_json, read_lines, write_json
+from dessilbi.files.runs import BusyError, Run, TrainingError, locked
+from dessilbi.files.storage import DamagedFileError, read_json, read_lines, write_json
+from dessilbi.models import IMAGE_MODELS, MODELS
 from dessilbi.training import checkpoints, loop
 from dessilbi.training.data import DATA_SETS
-from dessilbi.training.models import IMAGE_MODELS, MODELS
 
 # 5 steps an epoch, 15 in all, a point at each; a checkpoint at the end of each epoch.
 SHORT = (

@@ -12,9 +12,9 @@ from tiny import QUICK, Recorder, denormals_kept, own_copy, shared_run, train_ti
 from torch.nn.functional import cross_entropy
 
 from dessilbi import Path, Ticket, close
-from dessilbi.runs import Run
-from dessilbi.storage import read_json
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.ticket import TensorSpec
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import read_json
 from dessilbi.training import loop
 from dessilbi.training.data import DATA_SETS, DataSet
 from dessilbi.training.data.generated import synthetic

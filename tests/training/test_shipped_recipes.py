@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import denormals_kept
 
-from dessilbi.storage import read_lines
+from dessilbi.files.storage import read_lines
 from dessilbi.training.ingredients import data_of, groups_of, model_of
 from dessilbi.training.loop import train
 from dessilbi.training.objective import loss_of

@@ -10,13 +10,13 @@ from tiny import FEW, Recorder, denormals_kept, tiny_recipe, train_tiny
 from torch import nn
 
 from dessilbi import Path
-from dessilbi.monitors import EDGES
-from dessilbi.scheduling import RAMP
-from dessilbi.storage import read_json, read_lines
+from dessilbi.dynamics.monitors import EDGES
+from dessilbi.dynamics.scheduling import RAMP
+from dessilbi.files.storage import read_json, read_lines
+from dessilbi.models import IMAGE_MODELS, MODELS
 from dessilbi.training import loop
 from dessilbi.training.data import DATA_SETS
 from dessilbi.training.engine import engine_for
-from dessilbi.training.models import IMAGE_MODELS, MODELS
 from dessilbi.training.recipes import RecipeError, load_recipe, validate_recipe
 from dessilbi.training.setting import prepare
 from dessilbi.training.telling import to_toml

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny import QUICK, train_tiny
 
 from dessilbi import Path, Ticket
-from dessilbi.runs import Run
-from dessilbi.storage import read_json
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import read_json
 from dessilbi.training import studying
 from dessilbi.training.data import DATA_SETS
 

@@ -16,8 +16,8 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 from dessilbi import Ticket
-from dessilbi.structure import resolve
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.structure import resolve
+from dessilbi.blocks.ticket import TensorSpec
 
 Make = Callable[[nn.Module], Optimizer]
 

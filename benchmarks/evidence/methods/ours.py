@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from dessilbi import DensityControl, DessiLBI, Path, param_groups, wrap
-from dessilbi.clock import PathClock, alphas, set_coupling
-from dessilbi.scheduling import RAMP, Schedules, piecewise
+from dessilbi.dynamics.clock import PathClock, alphas, set_coupling
+from dessilbi.dynamics.scheduling import RAMP, Schedules, piecewise
 
 ELEMENTS = {"*.weight": "element"}
 

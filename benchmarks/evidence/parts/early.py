@@ -11,7 +11,7 @@ from benchmarks.evidence.tasks import Task
 from benchmarks.evidence.training import Spent, Stage, at_once, judged, sgd, train_ticket
 
 from dessilbi import Ticket
-from dessilbi.controls import random_like
+from dessilbi.choosing.controls import random_like
 
 OTHER = 1000  # added to the seed of a fresh initialisation
 

@@ -13,9 +13,9 @@ from benchmarks.evidence.training import Searched, Spent, Stage, fit, judged, sg
 from torch import Tensor, nn
 
 from dessilbi import DessiLBI, Path, compact, param_groups
-from dessilbi.choosing import Family
-from dessilbi.scores import block_scores
-from dessilbi.ticket import TensorSpec
+from dessilbi.blocks.ticket import TensorSpec
+from dessilbi.choosing.choosing import Family
+from dessilbi.path.scores import block_scores
 from dessilbi.training.evaluation import recalibrated
 
 Cut = Callable[[float], nn.Module]  # from a share of the MACs to the smaller network

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from dessilbi import compact, param_groups
-from dessilbi.choosing import Family
+from dessilbi.choosing.choosing import Family
 
 SEARCH = 0.5  # of E; the rest trains the smaller network
 AIM = 0.25  # density of heads and neurons that the search aims at

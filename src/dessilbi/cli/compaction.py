@@ -21,9 +21,9 @@ from dessilbi.cli.terminal import (
     print_json,
 )
 from dessilbi.cli.verification import verify_run
-from dessilbi.folders import MANIFEST, kind_of
-from dessilbi.runs import Run, free_path
-from dessilbi.storage import to_json
+from dessilbi.files.folders import MANIFEST, kind_of
+from dessilbi.files.runs import Run, free_path
+from dessilbi.files.storage import to_json
 
 FolderArgument = Annotated[
     FilePath, typer.Argument(help="A folder that `dessilbi compact` made.", metavar="DIR")
@@ -51,8 +51,8 @@ def compact(
     """Make a physically smaller model of one ticket, with proof that it computes the same."""
     if (density is None) == (ticket is None):
         raise fail("give exactly one of --density and --ticket", 2)
+    from dessilbi.outcomes.compacting import save_shrunk, shrink
     from dessilbi.reporting.tables import proof_text
-    from dessilbi.shrinking import save_shrunk, shrink
     from dessilbi.training.finetune import load_trained
 
     chosen, name = ticket_or_density(run, ticket, density, data_root(data))
@@ -86,8 +86,8 @@ def export(
             f"--format {file_format.value} does not fit {out}: name a .{file_format.value}", 2
         )
     from dessilbi.exporting import export as export_model
-    from dessilbi.inputs import draw
-    from dessilbi.saving import open_certified
+    from dessilbi.graph.inputs import draw
+    from dessilbi.saving.saving import open_certified
 
     opened = open_certified(None, folder)
     args, kwargs = draw(opened.witness.inputs, 1)[0]
@@ -128,12 +128,12 @@ def verify(
             f"{folder} is neither a run folder nor a smaller model: {kind_of(folder, MANIFEST)}; "
             f"name a folder that `dessilbi train` or `dessilbi compact` has written"
         )
-    from dessilbi.saving import open_compact
+    from dessilbi.saving.saving import open_compact
 
     opened = open_compact(None, folder)
     verdict, accepted = opened.verdict, opened.tolerance
     if run is not None:
-        from dessilbi.shrinking import recheck
+        from dessilbi.outcomes.compacting import recheck
         from dessilbi.training.finetune import load_trained
 
         trained = load_trained(Run(run), data_root=data_root(data))

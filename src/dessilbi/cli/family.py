@@ -20,12 +20,12 @@ from dessilbi.cli.terminal import (
     guarded,
     print_json,
 )
-from dessilbi.runs import Run, free_path
+from dessilbi.files.runs import Run, free_path
 
 if TYPE_CHECKING:
-    from dessilbi.drawing import Drawer
-    from dessilbi.path import Order
-    from dessilbi.ticket import Ticket
+    from dessilbi.blocks.ticket import Ticket
+    from dessilbi.outcomes.tickets import Drawer
+    from dessilbi.path.scores import Order
 
 
 class OrderName(StrEnum):
@@ -93,7 +93,7 @@ def ticket(
     """Take the member of the family that fits, ready to be compacted, as a ticket file."""
     if out is not None:
         check_new(out, "ticket")
-    from dessilbi.drawing import BUDGETS, MOMENTS, Drawer, Wish
+    from dessilbi.outcomes.tickets import BUDGETS, MOMENTS, Drawer, Wish
 
     values = (density, params, macs, size, latency_ms, max_drop, step, epoch, early)
     asked = dict(zip((*BUDGETS, *MOMENTS), values, strict=True))
@@ -136,8 +136,8 @@ def ticket_or_density(
     run: FilePath, file: FilePath | None, density: float | None, root: str | None
 ) -> "tuple[Ticket, str]":
     """The ticket of a file, or that of a density as `dessilbi ticket` takes it; and a name."""
-    from dessilbi.drawing import Drawer, Wish
-    from dessilbi.ticket import Ticket
+    from dessilbi.blocks.ticket import Ticket
+    from dessilbi.outcomes.tickets import Drawer, Wish
 
     if file is not None:
         return Ticket.load(file), file.stem

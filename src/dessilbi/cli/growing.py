@@ -20,8 +20,8 @@ from dessilbi.cli.terminal import (
     guarded,
     print_json,
 )
-from dessilbi.runs import Run
-from dessilbi.storage import read_lines
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import read_lines
 from dessilbi.training.recipes import Recipe, RecipeError, load_recipe, recipe_names
 
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from dessilbi.cli.terminal import check_new, guarded
-from dessilbi.runs import free_path
-from dessilbi.storage import write_atomic
+from dessilbi.files.runs import free_path
+from dessilbi.files.storage import write_atomic
 
 RunsArgument = Annotated[list[FilePath], typer.Argument(help="Run folders.", metavar="RUN...")]
 

@@ -22,8 +22,8 @@ from dessilbi.cli.terminal import (
     print_json,
     share,
 )
-from dessilbi.runs import Run, free_path
-from dessilbi.storage import write_json
+from dessilbi.files.runs import Run, free_path
+from dessilbi.files.storage import write_json
 
 
 class ModeName(StrEnum):
@@ -133,7 +133,7 @@ def prune_curve(
         raise fail("--epochs are those of fine-tuning: leave it out, or --no-finetune", 2)
     if out is not None:
         check_new(out, "curve")
-    from dessilbi.path import Path
+    from dessilbi.path.path import Path
     from dessilbi.reporting.tables import curve_table
     from dessilbi.training.curve import curve_of, names_of
     from dessilbi.training.finetune import load_trained

@@ -17,7 +17,7 @@ from dessilbi.cli.terminal import (
     guarded,
     print_json,
 )
-from dessilbi.runs import Run, free_path
+from dessilbi.files.runs import Run, free_path
 
 
 @guarded

@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 
 from dessilbi.columns import WIDTH, printable
-from dessilbi.runs import TrainingError
-from dessilbi.storage import to_json
+from dessilbi.files.runs import TrainingError
+from dessilbi.files.storage import to_json
 from dessilbi.training.recipes import RecipeError, recipe_names
 
 P = ParamSpec("P")

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from dessilbi.cli.terminal import console, guarded
-from dessilbi.runs import free_path
-from dessilbi.sealing import sealed
-from dessilbi.storage import write_json
+from dessilbi.files.runs import free_path
+from dessilbi.files.sealing import sealed
+from dessilbi.files.storage import write_json
 from dessilbi.training.recipes import load_recipe
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05)
@@ -32,7 +32,7 @@ def demo(
 
 def _family(folder: FilePath) -> None:
     """One run of LeNet, its path, and what its tickets are worth."""
-    from dessilbi.path import Path
+    from dessilbi.path.path import Path
     from dessilbi.reporting.summary import summarise
     from dessilbi.reporting.tables import outcome_table, path_table
     from dessilbi.training.finetune import judge_tickets, load_trained
@@ -54,10 +54,10 @@ def _family(folder: FilePath) -> None:
 
 def _smaller(folder: FilePath) -> None:
     """One run of a residual net, and a ticket of it as a smaller model in a file."""
-    from dessilbi.closing import close
-    from dessilbi.path import Path
+    from dessilbi.cuts.closing import close
+    from dessilbi.outcomes.compacting import example_of, save_shrunk, shipped, shrink
+    from dessilbi.path.path import Path
     from dessilbi.reporting.tables import size_table
-    from dessilbi.shrinking import example_of, save_shrunk, shipped, shrink
     from dessilbi.training.finetune import finetune, load_trained
     from dessilbi.training.loop import train as train_recipe
     from dessilbi.training.progress import default_reporter

@@ -24,7 +24,7 @@ from dessilbi.cli.terminal import (
     speaks,
 )
 from dessilbi.columns import paragraph
-from dessilbi.runs import Run
+from dessilbi.files.runs import Run
 from dessilbi.training.recipes import (
     RecipeError,
     assigned,

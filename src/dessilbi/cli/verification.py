@@ -13,7 +13,7 @@ WIDEST = 44  # columns for the names of files
 
 def verify_run(folder: FilePath, *, as_json: bool) -> None:
     """Check every file of a run folder; exit with 1 if one is damaged or missing."""
-    from dessilbi.auditing import FAULTS, audit
+    from dessilbi.outcomes.auditing import FAULTS, audit
 
     findings = audit(folder)
     faults = [finding for finding in findings if finding.state in FAULTS]

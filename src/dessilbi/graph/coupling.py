@@ -8,11 +8,11 @@ from math import prod
 import numpy as np
 from torch import fx
 
+from dessilbi.blocks.structure import Block, indices
 from dessilbi.graph.labels import Ids
 from dessilbi.graph.program import op_name
 from dessilbi.graph.reader import shape_of
 from dessilbi.graph.units import Graph, Unit
-from dessilbi.structure import Block, indices
 
 _CONVOLUTIONS = frozenset(
     f"conv{transposed}{rank}d" for transposed in ("", "_transpose") for rank in (1, 2, 3)

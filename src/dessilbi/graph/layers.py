@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dessilbi.blocks.naming import bias_name
 from dessilbi.graph.labels import Axis, Dead, Ids, along, blank, small
 from dessilbi.graph.reader import Constant, Even, Known, Reader, Weight, rule
-from dessilbi.naming import bias_name
 
 
 def consume(reader: Reader, axis: Axis, ids: Ids, bias: str | None = None) -> None:

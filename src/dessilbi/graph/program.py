@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from dessilbi.naming import bias_name, tensor_names, unwrap
+from dessilbi.blocks.naming import bias_name, tensor_names, unwrap
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 

@@ -11,7 +11,7 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from dessilbi.integrations.recording import Recorder
-from dessilbi.path import Path
+from dessilbi.path.path import Path
 
 OTHER_NAME = "lightning.pytorch"  # of the same library; it counts where it is in use, or alone
 try:

@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dessilbi.history import History
-from dessilbi.naming import canonical_names, unwrap
-from dessilbi.path import Path
-from dessilbi.runs import Run
-from dessilbi.storage import write_atomic
+from dessilbi.blocks.naming import canonical_names, unwrap
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import write_atomic
+from dessilbi.path.history import History
+from dessilbi.path.path import Path
 
 
 class Recorder:

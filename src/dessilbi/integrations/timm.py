@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dessilbi.blocks.structure import Structure
 from dessilbi.integrations.recording import name_parameters
-from dessilbi.optimizer import DessiLBI
-from dessilbi.structure import Structure
+from dessilbi.optimizers.optimizer import DessiLBI
 
 try:
     from timm.optim._optim_factory import OptimInfo, default_registry

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dessilbi.files.runs import Run
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.groups import Rules, param_groups
 from dessilbi.integrations.recording import Recorder
-from dessilbi.optimizer import DessiLBI
-from dessilbi.path import Path
-from dessilbi.runs import Run
+from dessilbi.optimizers.optimizer import DessiLBI
+from dessilbi.path.path import Path
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

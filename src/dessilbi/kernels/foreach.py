@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dessilbi.structure import Block, expand
+from dessilbi.blocks.structure import Block, expand
 
 
 def _add_scaled_(xs: list[Tensor], ys: list[Tensor], factor: float | Tensor) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from dessilbi.structure import Block, even_parts
+from dessilbi.blocks.structure import Block, even_parts
 
 TILE = 64 * 1024  # elements: long runs for memory, still many tiles for many threads
 _ROWS = 32  # inner elements per block and tile, so that partial sums are few

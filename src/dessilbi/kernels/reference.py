@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from dessilbi.structure import Block, expand
+from dessilbi.blocks.structure import Block, expand
 
 
 def gamma_of(v: Tensor, scale: Tensor | None, block: Block, *, kappa: float, lam: float) -> Tensor:

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dessilbi.closing import settle
-from dessilbi.costs import CostModel
+from dessilbi.blocks.naming import canonical_names, unwrap
+from dessilbi.blocks.structure import alias_of, extent, owners, resolve
+from dessilbi.cuts.closing import settle
+from dessilbi.cuts.costs import CostModel
 from dessilbi.graph import Graph, Member, Unit, couplings, read_graph, why_alone
 from dessilbi.graph.labels import Ids
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.groups import Rules, groups_on
-from dessilbi.naming import canonical_names, unwrap
 from dessilbi.planning.values import Plan, PlannedTensor, PlannedUnit, Removal
-from dessilbi.structure import alias_of, extent, owners, resolve
 
 __all__ = ["Plan", "PlannedTensor", "PlannedUnit", "plan"]
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from glob import escape
 from typing import Any, Literal
 
+from dessilbi.blocks.structure import Structure
 from dessilbi.planning.text import alike, common, families, indented, listed, percent, row
-from dessilbi.structure import Structure
 
 Removal = Literal["whole", "apart", "never"]
 

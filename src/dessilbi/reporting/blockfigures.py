@@ -8,8 +8,11 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from dessilbi.history import NEVER
-from dessilbi.path import Path
+from dessilbi.blocks.structure import block_norms, expand
+from dessilbi.files.sealing import check_sealed
+from dessilbi.files.tensorfiles import load_tensors
+from dessilbi.path.history import NEVER
+from dessilbi.path.path import Path
 from dessilbi.reporting import palette, wording
 from dessilbi.reporting.charts import (
     Axis,
@@ -25,9 +28,6 @@ from dessilbi.reporting.evidence import Evidence
 from dessilbi.reporting.pixels import Pixel
 from dessilbi.reporting.scales import Scale, around
 from dessilbi.reporting.summary import thinned
-from dessilbi.sealing import check_sealed
-from dessilbi.structure import block_norms, expand
-from dessilbi.tensorfiles import load_tensors
 
 CELLS = 240  # of a row of the entry map
 POINTS = 60  # of a curve of norms

@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from dessilbi.files.storage import from_number
 from dessilbi.reporting import palette, wording
 from dessilbi.reporting.charts import Axis, Chart, Line, Mark, Point, Table
 from dessilbi.reporting.evidence import Evidence
 from dessilbi.reporting.scales import Scale, around, of_accuracy, of_density
 from dessilbi.reporting.summary import Row, thinned
-from dessilbi.storage import from_number
 
 TABLE_ROWS = 40
 NEAR = 0.01  # a ticket so close to W is told as being as good

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path as FilePath
 
-from dessilbi.fusing import kernel_for
 from dessilbi.kernels import building
+from dessilbi.optimizers.fusing import kernel_for
 from dessilbi.training.data import DATA_SETS, TEXTS, read_text
 from dessilbi.training.environment import environment
 

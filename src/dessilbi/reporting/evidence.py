@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-from dessilbi.path import Path
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.files.runs import Run
+from dessilbi.files.sealing import check_sealed, read_sealed
+from dessilbi.files.storage import read_json, read_lines, told_by
+from dessilbi.path.path import Path
 from dessilbi.reporting.summary import Row, rows_of
-from dessilbi.runs import Run
-from dessilbi.sealing import check_sealed, read_sealed
-from dessilbi.storage import read_json, read_lines, told_by
-from dessilbi.ticket import Ticket
 
 MOST_TICKETS = 40
 WORST = (OSError, ValueError, LookupError, TypeError)

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from dessilbi.clock import PathClock
-from dessilbi.forecast import forecast
-from dessilbi.monitors import dead_units, warn_about_dead_units
-from dessilbi.safety import check_step, lipschitz
+from dessilbi.dynamics.clock import PathClock
+from dessilbi.dynamics.forecast import forecast
+from dessilbi.dynamics.monitors import dead_units, warn_about_dead_units
+from dessilbi.dynamics.safety import check_step, lipschitz
 from dessilbi.training.engine import engine_for
 from dessilbi.training.objective import loss_of
 from dessilbi.training.recipes import Recipe

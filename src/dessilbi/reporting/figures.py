@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+from dessilbi.files.runs import Run
+from dessilbi.files.sealing import read_sealed
 from dessilbi.reporting.palette import BLUE, GREEN, GREY, ORANGE
 from dessilbi.reporting.plots import check_matplotlib
 from dessilbi.reporting.summary import Summary
-from dessilbi.runs import Run
-from dessilbi.sealing import read_sealed
 
 LINE_STYLES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 1)))
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dessilbi.drawing import Drawer
-from dessilbi.history import NEVER
+from dessilbi.blocks.structure import expand
+from dessilbi.files.runs import Run
 from dessilbi.maximising import layer_of, listed, maximise, num_filters
-from dessilbi.path import Path
-from dessilbi.runs import Run
-from dessilbi.structure import expand
+from dessilbi.outcomes.tickets import Drawer
+from dessilbi.path.history import NEVER
+from dessilbi.path.path import Path
 
 Kind = Literal["maximised", "weights"]
 MOST = 256  # images of one figure, unless more are asked for

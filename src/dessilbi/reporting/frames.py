@@ -9,15 +9,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dessilbi.closing import closed_and_settled
-from dessilbi.costs import Cost, CostModel
-from dessilbi.drawing import shape_of
+from dessilbi.blocks.structure import block_norms
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.cuts.closing import closed_and_settled
+from dessilbi.cuts.costs import Cost, CostModel
+from dessilbi.files.storage import told_by
 from dessilbi.graph import Graph, read_graph
+from dessilbi.outcomes.tickets import shape_of
 from dessilbi.reporting.evidence import Evidence
 from dessilbi.reporting.summary import Row, thinned
-from dessilbi.storage import told_by
-from dessilbi.structure import block_norms
-from dessilbi.ticket import TensorSpec, Ticket
 from dessilbi.training.finetune import sizes_of
 from dessilbi.training.recipes import validate_recipe
 from dessilbi.training.starting import built, load_start

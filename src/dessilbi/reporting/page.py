@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from dessilbi.files.storage import to_json
 from dessilbi.reporting import palette, wording
 from dessilbi.reporting.charts import Figure
 from dessilbi.reporting.comparison import macs_chart, side_by_side
@@ -24,7 +25,6 @@ from dessilbi.reporting.evidence import Evidence, evidence_of, labels_of
 from dessilbi.reporting.frames import Frames, frames_of
 from dessilbi.reporting.sections import drawn, figures_of, section_of
 from dessilbi.reporting.svg import SHAPES
-from dessilbi.storage import to_json
 
 ASSETS = "dessilbi.reporting.assets"
 MOST_RUNS = 12

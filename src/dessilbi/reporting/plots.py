@@ -8,11 +8,11 @@ from pathlib import Path as FilePath
 from textwrap import fill
 from typing import Any, Literal
 
+from dessilbi.files.runs import free_path
+from dessilbi.files.storage import write_atomic
 from dessilbi.reporting import palette
 from dessilbi.reporting.charts import Axis, Chart, EntryMap, Figure, FilterSheet
 from dessilbi.reporting.svg import to_svg
-from dessilbi.runs import free_path
-from dessilbi.storage import write_atomic
 
 Format = Literal["svg", "png"]
 ACROSS = 8  # filters in a row

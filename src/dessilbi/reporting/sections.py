@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dessilbi.files.storage import as_json
 from dessilbi.reporting import wording
 from dessilbi.reporting.blockfigures import entry_map, filter_sheet, norm_charts
 from dessilbi.reporting.charts import Chart, EntryMap, Figure, Table
@@ -13,7 +14,6 @@ from dessilbi.reporting.curves import accuracy_curves, dynamics, layers_by_epoch
 from dessilbi.reporting.evidence import Evidence
 from dessilbi.reporting.frames import Frame, Frames
 from dessilbi.reporting.svg import to_svg
-from dessilbi.storage import as_json
 
 NO_MODEL = "nothing has entered yet"
 FIELDS = (

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
-from dessilbi.path import Path
-from dessilbi.runs import Run
-from dessilbi.ticket import Ticket
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.files.runs import Run
+from dessilbi.path.path import Path
 
 T = TypeVar("T")
 METRICS = (

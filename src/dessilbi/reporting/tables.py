@@ -8,11 +8,11 @@ from rich.console import Group
 from rich.table import Table
 
 from dessilbi.columns import WIDTH, paragraph, short_names, sparkline
-from dessilbi.drawing import Drawn
-from dessilbi.proving import Proof
+from dessilbi.compaction.proving import Proof
+from dessilbi.outcomes.compacting import Shipped, Shrunk
+from dessilbi.outcomes.tickets import Drawn
 from dessilbi.reporting.filters import Filters
 from dessilbi.reporting.summary import Row, Summary, thinned
-from dessilbi.shrinking import Shipped, Shrunk
 from dessilbi.training.curve import CurvePoint
 from dessilbi.training.finetune import Outcome
 from dessilbi.training.studying import Row as RetrainedRow

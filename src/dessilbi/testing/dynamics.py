@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.testing import assert_close
 
-from dessilbi.optimizer import DessiLBI
-from dessilbi.structure import Block, indices, resolve
+from dessilbi.blocks.structure import Block, indices, resolve
+from dessilbi.optimizers.optimizer import DessiLBI
 from dessilbi.testing.problem import (
     STEPS,
     Factory,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dessilbi.structure import Block, Length, resolve
+from dessilbi.blocks.structure import Block, Length, resolve
 
 Named = list[tuple[str, nn.Parameter]]
 Shapes = Mapping[str, tuple[int, ...]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from dessilbi.optimizer import DessiLBI
+from dessilbi.optimizers.optimizer import DessiLBI
 from dessilbi.testing.problem import (
     Factory,
     Named,

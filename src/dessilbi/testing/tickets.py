@@ -5,10 +5,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dessilbi.closing import close_on
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.cuts.closing import close_on
 from dessilbi.graph import read_graph
 from dessilbi.graph.program import ExampleInputs
-from dessilbi.ticket import TensorSpec, Ticket
 
 
 def random_ticket(

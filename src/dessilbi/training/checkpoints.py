@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dessilbi.runs import TrainingError, free_path
-from dessilbi.sealing import sealed, unsealed
-from dessilbi.storage import (
+from dessilbi.files.runs import TrainingError, free_path
+from dessilbi.files.sealing import sealed, unsealed
+from dessilbi.files.storage import (
     DamagedFileError,
     as_json,
     check_unlinked,
@@ -30,7 +30,7 @@ from dessilbi.storage import (
     to_json,
     told_by,
 )
-from dessilbi.tensorfiles import load_tensors, save_tensors
+from dessilbi.files.tensorfiles import load_tensors, save_tensors
 from dessilbi.training.engine import Engine
 from dessilbi.training.state import Tensors, whole
 

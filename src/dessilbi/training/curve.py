@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dessilbi.closing import close
-from dessilbi.history import NEVER
-from dessilbi.path import Path
-from dessilbi.ticket import Ticket
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.cuts.closing import close
+from dessilbi.path.history import NEVER
+from dessilbi.path.path import Path
 from dessilbi.training import finetune as finetuning
 from dessilbi.training.evaluation import accuracy, masked
 from dessilbi.training.finetune import Trained

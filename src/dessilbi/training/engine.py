@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dessilbi.sharding import local
+from dessilbi.blocks.sharding import local
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

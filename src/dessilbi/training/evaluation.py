@@ -8,7 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from dessilbi.ticket import Ticket
+from dessilbi.blocks.ticket import Ticket
 from dessilbi.training.feeding import Split
 from dessilbi.training.objective import num_correct
 

@@ -9,12 +9,13 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from dessilbi.path import Order, Path
-from dessilbi.runs import Run
-from dessilbi.sealing import check_sealed
-from dessilbi.storage import DamagedFileError, read_lines
-from dessilbi.tensorfiles import load_tensors
-from dessilbi.ticket import Ticket
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.files.runs import Run
+from dessilbi.files.sealing import check_sealed
+from dessilbi.files.storage import DamagedFileError, read_lines
+from dessilbi.files.tensorfiles import load_tensors
+from dessilbi.path.path import Path
+from dessilbi.path.scores import Order
 from dessilbi.training.data import Data
 from dessilbi.training.environment import flushed_denormals
 from dessilbi.training.evaluation import accuracy, masked

@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dessilbi.closing import close_on, dead_blocks
-from dessilbi.compaction import compact
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.compaction.compaction import compact
+from dessilbi.cuts.closing import close_on, dead_blocks
 from dessilbi.graph import Graph, couplings, read_graph
-from dessilbi.growth import Grown, grow_on, macs_of
-from dessilbi.history import NEVER, History
-from dessilbi.optimizer import DessiLBI
-from dessilbi.path import Path
-from dessilbi.planting import Plant
-from dessilbi.ticket import TensorSpec, Ticket
+from dessilbi.growth.growth import Grown, grow_on, macs_of
+from dessilbi.growth.planting import Plant
+from dessilbi.growth.widening import Change, takes_of, widths_of
+from dessilbi.optimizers.optimizer import DessiLBI
+from dessilbi.path.history import NEVER, History
+from dessilbi.path.path import Path
 from dessilbi.training.engine import Engine
 from dessilbi.training.growth_table import GrowRecipe
 from dessilbi.training.ingredients import init_of, model_of
 from dessilbi.training.setting import Setting, setting_with
 from dessilbi.training.widths import plain, wanted, within
-from dessilbi.widening import Change, takes_of, widths_of
 
 TRAINING = 3  # a training step costs about as much as so many forward passes
 FEWEST = 2  # blocks that stay in every unit: one alone could not be told from the layer

@@ -14,8 +14,8 @@ from typing import Literal, NoReturn
 import torch
 from torch import Tensor
 
-from dessilbi.runs import Run, TrainingError
-from dessilbi.sharding import local
+from dessilbi.blocks.sharding import local
+from dessilbi.files.runs import Run, TrainingError
 from dessilbi.training.checkpoints import Checkpoints
 from dessilbi.training.data import Data
 from dessilbi.training.engine import Engine

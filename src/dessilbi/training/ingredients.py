@@ -10,11 +10,11 @@ from torch import nn
 
 from dessilbi.graph import read_graph
 from dessilbi.groups import param_groups
-from dessilbi.growth import macs_of
-from dessilbi.planting import Init, resized
+from dessilbi.growth.growth import macs_of
+from dessilbi.growth.planting import Init, resized
+from dessilbi.models import build_model
 from dessilbi.training.data import Data, load_data
 from dessilbi.training.growth_table import GrowRecipe
-from dessilbi.training.models import build_model
 from dessilbi.training.recipes import Recipe, RecipeError
 from dessilbi.training.widths import check_caps, start_of
 

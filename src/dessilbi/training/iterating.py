@@ -3,9 +3,9 @@
 
 from pathlib import Path as FilePath
 
-from dessilbi.closing import close
-from dessilbi.runs import Run
-from dessilbi.ticket import Ticket
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.cuts.closing import close
+from dessilbi.files.runs import Run
 from dessilbi.training.finetune import load_trained
 from dessilbi.training.recipes import Recipe, RecipeError
 from dessilbi.training.starting import Start, check_not_grown

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dessilbi.runs import Run, TrainingError
-from dessilbi.sealing import close_seal
+from dessilbi.files.runs import Run, TrainingError
+from dessilbi.files.sealing import close_seal
 from dessilbi.training.checkpoints import Checkpoint
 from dessilbi.training.engine import Engine, Strategy, engine_for, num_processes
 from dessilbi.training.environment import flushed_denormals

@@ -9,9 +9,9 @@ from typing import Any
 
 import safetensors.torch
 
-from dessilbi.runs import Run, create_run, locked, status_of
-from dessilbi.sealing import seal_of
-from dessilbi.storage import as_json
+from dessilbi.files.runs import Run, create_run, locked, status_of
+from dessilbi.files.sealing import seal_of
+from dessilbi.files.storage import as_json
 from dessilbi.training.engine import Engine
 from dessilbi.training.environment import environment
 from dessilbi.training.ingredients import model_of

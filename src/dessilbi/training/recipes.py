@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from dessilbi import settling
-from dessilbi.storage import told_by
+from dessilbi.files.storage import told_by
+from dessilbi.path import settling
 from dessilbi.training.growth_table import GrowRecipe
 from dessilbi.training.values import (
     Density,
@@ -147,7 +147,7 @@ class RetrainRecipe(MaskedTraining):
 
 
 class StopRecipe(_Part):
-    """When a search has found its ticket; see :func:`~dessilbi.settling.settled`.
+    """When a search has found its ticket; see :func:`~dessilbi.path.settling.settled`.
 
     ``window``: recorded points; ``tolerance``: how far the support may move over it; ``gain``: how
     much the ticket's validation accuracy may rise over it, as a fraction; ``gap``: how far it may

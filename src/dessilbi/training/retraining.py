@@ -10,13 +10,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from dessilbi.closing import close
-from dessilbi.controls import random_like
-from dessilbi.path import Path
-from dessilbi.runs import Run
-from dessilbi.sealing import check_sealed
-from dessilbi.tensorfiles import load_tensors
-from dessilbi.ticket import Ticket
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.choosing.controls import random_like
+from dessilbi.cuts.closing import close
+from dessilbi.files.runs import Run
+from dessilbi.files.sealing import check_sealed
+from dessilbi.files.tensorfiles import load_tensors
+from dessilbi.path.path import Path
 from dessilbi.training.data import Data
 from dessilbi.training.finetune import Trained
 from dessilbi.training.ingredients import data_of, model_of

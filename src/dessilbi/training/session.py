@@ -16,10 +16,9 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from dessilbi.history import History
-from dessilbi.runs import Run
-from dessilbi.sealing import add_to_seal, reopen_seal
-from dessilbi.storage import (
+from dessilbi.files.runs import Run
+from dessilbi.files.sealing import add_to_seal, reopen_seal
+from dessilbi.files.storage import (
     DamagedFileError,
     append_line,
     check_begins,
@@ -29,6 +28,7 @@ from dessilbi.storage import (
     sweep,
     write_atomic,
 )
+from dessilbi.path.history import History
 from dessilbi.training.checkpoints import Checkpoint, Checkpoints, usable
 from dessilbi.training.engine import Engine
 from dessilbi.training.growing import Growing

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from dessilbi import dual
-from dessilbi.optimizer import DessiLBI
+from dessilbi.optimizers import dual
+from dessilbi.optimizers.optimizer import DessiLBI
+from dessilbi.optimizers.wrapping import Wrapped, wrap
 from dessilbi.training.data import Data
 from dessilbi.training.engine import Engine
 from dessilbi.training.ingredients import data_of, groups_of, model_of
@@ -17,7 +18,6 @@ from dessilbi.training.recipes import OptimizerRecipe, Recipe, RecipeError
 from dessilbi.training.schedules import multiplier, optimizer_of, path_time
 from dessilbi.training.starting import Start
 from dessilbi.training.steering import Steering
-from dessilbi.wrapping import Wrapped, wrap
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from dessilbi.blueprint import Blueprint, OtherModelError, rebuild
-from dessilbi.manifest import CutEntry, cut_entry
-from dessilbi.runs import Run
-from dessilbi.sealing import check_sealed
-from dessilbi.storage import DamagedFileError, as_json, read_json, to_json, told_by
-from dessilbi.tensorfiles import load_tensors
-from dessilbi.ticket import Ticket
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.compaction.blueprint import Blueprint, OtherModelError, rebuild
+from dessilbi.files.runs import Run
+from dessilbi.files.sealing import check_sealed
+from dessilbi.files.storage import DamagedFileError, as_json, read_json, to_json, told_by
+from dessilbi.files.tensorfiles import load_tensors
+from dessilbi.saving.manifest import CutEntry, cut_entry
 from dessilbi.training.data import Data
 from dessilbi.training.ingredients import model_of
 from dessilbi.training.recipes import Recipe, RecipeError

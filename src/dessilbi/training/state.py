@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dessilbi.naming import canonical_names
-from dessilbi.sharding import is_sharded, like, local, local_part
-from dessilbi.storage import DamagedFileError
+from dessilbi.blocks.naming import canonical_names
+from dessilbi.blocks.sharding import is_sharded, like, local, local_part
+from dessilbi.files.storage import DamagedFileError
 
 Tensors = dict[str, Tensor]
 

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dessilbi.calibration import DensityControl
-from dessilbi.clock import WEAK_COUPLING, PathClock, coupling_of, warn_about_coupling
-from dessilbi.forecast import forecast, warn_if_frozen
-from dessilbi.monitors import (
+from dessilbi.dynamics.calibration import DensityControl
+from dessilbi.dynamics.clock import WEAK_COUPLING, PathClock, coupling_of, warn_about_coupling
+from dessilbi.dynamics.forecast import forecast, warn_if_frozen
+from dessilbi.dynamics.monitors import (
     coupling_gap,
     dead_units,
     joint_histogram,
     warn_about_dead_units,
 )
-from dessilbi.scheduling import Schedules, piecewise
-from dessilbi.storage import from_number
+from dessilbi.dynamics.scheduling import Schedules, piecewise
+from dessilbi.files.storage import from_number
 from dessilbi.training.data import Data
 from dessilbi.training.engine import Engine
 from dessilbi.training.objective import loss_of

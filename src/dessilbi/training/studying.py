@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
-from dessilbi.folders import STUDY, kind_of
-from dessilbi.runs import Run
-from dessilbi.storage import DamagedFileError, as_json, new_folder, read_json, write_json
-from dessilbi.ticket import Ticket
+from dessilbi.blocks.ticket import Ticket
+from dessilbi.files.folders import STUDY, kind_of
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import DamagedFileError, as_json, new_folder, read_json, write_json
 from dessilbi.training import loop
 from dessilbi.training.finetune import Trained, load_trained
 from dessilbi.training.progress import Reporter

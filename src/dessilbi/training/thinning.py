@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from dessilbi.compaction import compact
-from dessilbi.ticket import TensorSpec, Ticket
+from dessilbi.blocks.ticket import TensorSpec, Ticket
+from dessilbi.compaction.compaction import compact
 from dessilbi.training.data import Data
 from dessilbi.training.starting import Start
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from dessilbi import dual
-from dessilbi.blocknorms import norms_of
-from dessilbi.monitors import coupling_gap
-from dessilbi.optimizer import is_phantom_step
-from dessilbi.path import Path
-from dessilbi.scores import save_scores
-from dessilbi.settling import Settled, settled
+from dessilbi.dynamics.monitors import coupling_gap
+from dessilbi.optimizers import dual
+from dessilbi.optimizers.optimizer import is_phantom_step
+from dessilbi.path.blocknorms import norms_of
+from dessilbi.path.path import Path
+from dessilbi.path.scores import save_scores
+from dessilbi.path.settling import Settled, settled
 from dessilbi.training.checkpoints import Checkpoint
 from dessilbi.training.engine import Engine
 from dessilbi.training.evaluation import recalibrated

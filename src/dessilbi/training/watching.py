@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
-from dessilbi.runs import Run
-from dessilbi.storage import append_line
+from dessilbi.files.runs import Run
+from dessilbi.files.storage import append_line
 from dessilbi.training.progress import Reporter, Silent
 
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from dessilbi.blocks.naming import tensor_names, unwrap
 from dessilbi.graph import Graph
-from dessilbi.naming import tensor_names, unwrap
+from dessilbi.growth.widening import Change, find_change
 from dessilbi.training.growth_table import GrowRecipe
-from dessilbi.widening import Change, find_change
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dessilbi.storage import told_by
+from dessilbi.files.storage import told_by
 from dessilbi.training.data.fetching import folder_of, inside
 from dessilbi.training.data.parts import Data, Wish
 from dessilbi.training.feeding import Draw, Split

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dessilbi.storage import told_by
+from dessilbi.files.storage import told_by
 
 LARGEST = 512 << 20  # bytes
 

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hints: warning early, and once, about a run in which nothing can enter Gamma."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from dessilbi.optimizers import dual
+
+
+class EntryHint:
+    """Says once, early, that no block can enter Gamma before the schedule ends."""
+
+    def __init__(self) -> None:
+        self._pending = True
+        self._before: tuple[float, float] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen so far, as plain values."""
+        return {"pending": self._pending, "before": self._before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was seen before."""
+        before = state["before"]
+        self._pending = bool(state["pending"])
+        self._before = None if before is None else (float(before[0]), float(before[1]))
+
+    def look(self, optimizer: Optimizer, time: float, total: float, *, entered: bool) -> None:
+        """Look at the path between a twentieth and a tenth of its time."""
+        if not self._pending or time < 0.05 * total:
+            return
+        if self._before is None:
+            self._before = (time, best_share(optimizer))
+            return
+        if time < 0.1 * total and not entered:
+            return
+        self._pending = False
+        share = best_share(optimizer)
+        start, earlier = self._before
+        rate = (share - earlier) / (time - start) if time > start else 0.0
+        lams = {member.lam for member in dual.members(optimizer)}
+        if entered or share + rate * (total - time) >= 1 or min(lams) == math.inf:
+            return
+        if share == 0:
+            remedy = "V has not moved at all: check that gradients and learning rate are not zero"
+        else:
+            # Until the first entry V does not depend on lam: below the present norm a block
+            # would have entered by now.
+            told = f"lam <= {0.9 * share * min(lams):.2g}" if len(lams) == 1 else "every lam"
+            remedy = f"use {told}" if len(lams) == 1 else f"multiply {told} by {0.9 * share:.2g}"
+        warnings.warn(
+            f"no block can enter Gamma before the schedule ends: the largest ||V|| is "
+            f"{share:.2g} of its threshold and grows too slowly; {remedy}",
+            stacklevel=2,
+        )
+
+
+@torch.no_grad()
+def best_share(optimizer: Optimizer) -> float:
+    """The largest ||V||/lam of all blocks."""
+    units = [u for u in dual.units_of(dual.members(optimizer)) if u[0].param.numel()]
+    shares = [
+        float((norms / dual.threshold(unit)).max())
+        for unit, norms in zip(units, dual.norms_of(optimizer, units), strict=True)
+    ]
+    return max(shares, default=0.0)
