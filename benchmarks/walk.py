@@ -54,8 +54,8 @@ assert small.proof.params_after < small.proof.params_before
 
 IMAGES = """
 import torch
-from dessilbi import DensityControl, DessiLBI, Path, compact, export, param_groups
-from dessilbi.dynamics.clock import set_coupling, total_time
+from dessilbi import DensityControl, DessiLBI, Path, compact, export
+from dessilbi import param_groups, set_coupling, total_time
 from torchvision.datasets import ImageFolder
 from torchvision.models import resnet18
 from torchvision.transforms import ToTensor

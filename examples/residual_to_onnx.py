@@ -10,8 +10,7 @@ import tempfile
 import torch
 from sklearn.datasets import load_digits
 
-from dessilbi import DensityControl, DessiLBI, Path, compact, export, param_groups
-from dessilbi.dynamics.clock import set_coupling, total_time
+import dessilbi as lbi
 from dessilbi.models import build_model
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -40,10 +39,12 @@ def fit(optimizer, epochs):
 
 
 steps = epochs * samples // 50
-optimizer = DessiLBI(param_groups(model, {"fc.*": None}, example_inputs=x), lr=0.05, momentum=0.9)
-set_coupling(optimizer, 5, total_time=total_time(optimizer, steps=steps))
-control = DensityControl(optimizer, density=0.3, total_steps=steps)
-path = Path(optimizer, total_steps=steps)
+optimizer = lbi.DessiLBI(
+    lbi.param_groups(model, {"fc.*": None}, example_inputs=x), lr=0.05, momentum=0.9
+)
+lbi.set_coupling(optimizer, 5, total_time=lbi.total_time(optimizer, steps=steps))
+control = lbi.DensityControl(optimizer, density=0.3, total_steps=steps)
+path = lbi.Path(optimizer, total_steps=steps)
 fit(optimizer, epochs)
 path.close()
 
@@ -51,8 +52,8 @@ ticket = path.ticket(macs=0.5, model=model.eval(), example_inputs=x)
 tuner = torch.optim.SGD(model.named_parameters(), lr=0.01, momentum=0.9)
 ticket.enforce(model, tuner)
 fit(tuner, epochs // 4)
-small = compact(model.eval(), ticket, example_inputs=x)
+small = lbi.compact(model.eval(), ticket, example_inputs=x)
 print(small.proof)
 right = small.model(images[1400:]).argmax(1) == labels[1400:]
 print(f"accuracy {right.float().mean().item():.3f}")
-print(export(small.model, given.file, example_inputs=x))
+print(lbi.export(small.model, given.file, example_inputs=x))

@@ -8,8 +8,7 @@ import argparse
 
 import torch
 
-from dessilbi import DensityControl, DessiLBI, Path, compact, param_groups, plan
-from dessilbi.dynamics.clock import set_coupling, total_time
+import dessilbi as lbi
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
@@ -31,11 +30,11 @@ class Model(torch.nn.Module):
 
 
 model, x = Model(), torch.randint(16, (2, 12))
-rules = plan(model, example_inputs=x).rules({"neuron": {}})
-optimizer = DessiLBI(param_groups(model, rules, example_inputs=x), lr=0.05, momentum=0.9)
-set_coupling(optimizer, 5, total_time=total_time(optimizer, steps=steps))
-control = DensityControl(optimizer, density=0.5, total_steps=steps)
-path = Path(optimizer, total_steps=steps)
+rules = lbi.plan(model, example_inputs=x).rules({"neuron": {}})
+optimizer = lbi.DessiLBI(lbi.param_groups(model, rules, example_inputs=x), lr=0.05, momentum=0.9)
+lbi.set_coupling(optimizer, 5, total_time=lbi.total_time(optimizer, steps=steps))
+control = lbi.DensityControl(optimizer, density=0.5, total_steps=steps)
+path = lbi.Path(optimizer, total_steps=steps)
 
 for _ in range(done):  # does a token occur once more in its sequence?
     tokens = torch.randint(16, (64, 12))
@@ -46,6 +45,6 @@ for _ in range(done):  # does a token occur once more in its sequence?
     optimizer.step()
 
 ticket = path.ticket(density=0.5, model=model.eval(), example_inputs=x)
-small = compact(model, ticket, example_inputs=x)
+small = lbi.compact(model, ticket, example_inputs=x)
 print(f"loss {loss.item():.3f}")
 print(small.proof)

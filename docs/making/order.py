@@ -35,15 +35,21 @@ def described(room: str) -> str:
     return said if colon and len(name.split()) == 1 else name + colon + said
 
 
+def row(place: str, said: str) -> str:
+    """Return the line of a file, or of a folder inside a room."""
+    ending = ".py" if (SOURCE / f"{place}.py").exists() else "/"
+    return f"| `{place}{ending}` | {said or described(place)} |"
+
+
 def table() -> str:
     """Return the list as it stands in the page."""
     rows = []
     for room, said in order().items():
         if isinstance(said, dict):
             rows.append(f"| **`{room}/`** | **{described(room)}** |")
-            rows += [f"| `{room}/{file}.py` | {text} |" for file, text in said.items()]
+            rows += [row(f"{room}/{file}", text) for file, text in said.items()]
         elif (SOURCE / f"{room}.py").exists():
-            rows.append(f"| `{room}.py` | {said or described(room)} |")
+            rows.append(row(room, said))
         else:
             rows.append(f"| **`{room}/`** | **{said or described(room)}** |")
     return "\n".join(["| file | what |", "|---|---|", *rows]) + "\n"

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from dessilbi.compaction.compaction import close as close
     from dessilbi.compaction.compaction import compact as compact
     from dessilbi.dynamics.calibration import DensityControl as DensityControl
+    from dessilbi.dynamics.clock import set_coupling as set_coupling
+    from dessilbi.dynamics.clock import total_time as total_time
+    from dessilbi.dynamics.scheduling import Schedules as Schedules
+    from dessilbi.dynamics.scheduling import piecewise as piecewise
     from dessilbi.exporting import export as export
     from dessilbi.groups import param_groups as param_groups
     from dessilbi.growth.growth import Grown as Grown
@@ -35,6 +39,7 @@ _PUBLIC = {
     "Grown": "dessilbi.growth.growth",
     "Path": "dessilbi.path.path",
     "Plan": "dessilbi.planning",
+    "Schedules": "dessilbi.dynamics.scheduling",
     "Ticket": "dessilbi.blocks.ticket",
     "close": "dessilbi.compaction.compaction",
     "compact": "dessilbi.compaction.compaction",
@@ -43,8 +48,11 @@ _PUBLIC = {
     "load_compact": "dessilbi.saving.saving",
     "maximise": "dessilbi.maximising",
     "param_groups": "dessilbi.groups",
+    "piecewise": "dessilbi.dynamics.scheduling",
     "plan": "dessilbi.planning",
     "save_compact": "dessilbi.saving.saving",
+    "set_coupling": "dessilbi.dynamics.clock",
+    "total_time": "dessilbi.dynamics.clock",
     "wrap": "dessilbi.optimizers.wrapping",
 }
 __all__ = [*_PUBLIC, "__version__"]
