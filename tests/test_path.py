@@ -817,7 +817,7 @@ def test_a_step_before_the_first_point_is_refused():
     toy = Toy()
     path = Path(toy.optimizer, every=10)
     for ask in (path.support, path.ticket):
-        with pytest.raises(ValueError, match="step=5 comes before the path: nothing was recorded"):
+        with pytest.raises(ValueError, match="step=5 cannot be answered: this path has recorded"):
             ask(step=5)
     toy.step(10)
     for ask in (path.support, path.ticket):

@@ -111,7 +111,7 @@ def rank(
         The ranking.
 
     Raises:
-        ValueError: No tensor has elements.
+        ValueError: No tensor has elements, or a score is not finite.
     """
     leaders = leaders_of(specs, units)
     if not leaders:
@@ -127,7 +127,7 @@ def rank(
         ]
     )
     columns = [
-        -np.concatenate([_numbers(key[names[0]], relative=relative) for names in leaders])
+        -np.concatenate([_numbers(key, names[0], relative=relative) for names in leaders])
         for key in reversed(keys)
     ]
     # lexsort is stable: equal blocks stay in the order of the tensors.
@@ -147,8 +147,13 @@ def leaders_of(specs: Mapping[str, TensorSpec], units: Mapping[str, str | None])
     return [names for names in together.values() if specs[names[0]].num_blocks > 0]
 
 
-def _numbers(values: Tensor, *, relative: bool) -> Floats:
-    numbers: Floats = values.detach().reshape(-1).cpu().to(torch.float64).numpy()
+def _numbers(key: Mapping[str, Tensor], name: str, *, relative: bool) -> Floats:
+    numbers: Floats = key[name].detach().reshape(-1).cpu().to(torch.float64).numpy()
+    if not np.isfinite(numbers).all():
+        raise ValueError(
+            f"the blocks of {name} cannot be ranked, because their weights or V are not finite: "
+            f"the training has diverged; go back to a checkpoint, or lower the lr"
+        )
     mean = float(numbers.mean()) if relative else 1.0
     return numbers / mean if mean > 0 else numbers
 

@@ -200,7 +200,7 @@ class DensityControl:
         total = self.time if self.step == self.total_steps else self.total_time
         at_end = self.time >= total * (1 - _NEARLY)
         for target, norms in self._norms():
-            blocks = target.blocks(norms)
+            blocks = self._finite(target, norms)
             expected = self._expected(target, blocks, total)
             level, wanted = target.foresee(blocks, expected)
             if not target.fixed and share >= START:
@@ -226,7 +226,7 @@ class DensityControl:
         if not due:
             return
         for target, norms in self._norms():
-            blocks = target.blocks(norms)
+            blocks = self._finite(target, norms)
             expected = self._expected(target, blocks, self.total_time)
             if not target.fixed:
                 if self.time >= START * self.total_time:
@@ -237,6 +237,16 @@ class DensityControl:
             if self.time >= self.total_time * (1 - _NEARLY):
                 self._warn_below_floor(target, blocks)
         self._write()
+
+    def _finite(self, target: Target, norms: list[Tensor]) -> Blocks:
+        """The blocks of a target; no density can be found where V is no number any more."""
+        for unit, values in zip(target.units, norms, strict=True):
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"V of {unit[0].name} is not finite at step {self.step}, so no lambda can be "
+                    f"found: the training has diverged; go back to a checkpoint, lower the lr"
+                )
+        return target.blocks(norms)
 
     def _expected(self, target: Target, blocks: Blocks, total: float) -> list[Tensor]:
         """What the norms will have become at the end."""
@@ -283,8 +293,9 @@ class DensityControl:
                 # Most tensors share the target's; kernels are fastest on those.
                 group["lam"] = Counter(lams).most_common(1)[0][0]
             group.pop(dual.OWN_LAM, None)
+            group.pop(dual.OWN_LAM_AT, None)
             if set(lams) != {group["lam"]}:
-                group[dual.OWN_LAM] = lams
+                group[dual.OWN_LAM], group[dual.OWN_LAM_AT] = lams, group["lam"]
 
     def close(self) -> None:
         """Stop watching; lambda stays what it is."""

@@ -127,13 +127,14 @@ class Schedules:
         self.total_time = total_time
         self.time = 0.0
         self._optimizer = optimizer
-        self._bases = [
-            {name: float(group[name]) for name in self._functions} for group in self._groups()
-        ]
+        self._bases = [self._base(group) for group in self._groups()]
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def _groups(self) -> list[dict[str, Any]]:
         return [g for g in self._optimizer.param_groups if g.get("structure") is not None]
+
+    def _base(self, group: dict[str, Any]) -> dict[str, float]:
+        return {name: float(group[name]) for name in self._functions}
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if is_phantom_step(optimizer):
@@ -143,8 +144,10 @@ class Schedules:
         self._apply()
 
     def _apply(self) -> None:
-        progress = min(1.0, self.time / self.total_time)
-        for group, base in zip(self._groups(), self._bases, strict=True):
+        progress, groups = min(1.0, self.time / self.total_time), self._groups()
+        # Groups that have joined start with what they were given.
+        self._bases += [self._base(group) for group in groups[len(self._bases) :]]
+        for group, base in zip(groups, self._bases, strict=True):
             for name, function in self._functions.items():
                 factor = function(progress)
                 _check_factor(name, factor, progress)

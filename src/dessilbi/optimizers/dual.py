@@ -34,6 +34,7 @@ from dessilbi.kernels import gamma_of
 STATE_KEY = "v"
 STRETCH = 0.01  # in units of nu/kappa
 OWN_LAM = "own_lam"  # in a param group: a lambda for each tensor, where they are not the group's
+OWN_LAM_AT = "own_lam_at"  # ... and what the group's was when they were written
 
 
 def dual_dtype(param: Tensor) -> torch.dtype:
@@ -79,9 +80,15 @@ class Member:
 
     @property
     def lam(self) -> float:
-        """Lambda of this tensor: its group's, unless DensityControl gave it one of its own."""
-        own = self.group.get(OWN_LAM)
-        return float(self.group["lam"] if own is None else own[self.place])
+        """Lambda of this tensor: its group's, unless DensityControl gave it one of its own.
+
+        Whoever changes the group's lambda afterwards changes those of its tensors in proportion.
+        """
+        lam, own = float(self.group["lam"]), self.group.get(OWN_LAM)
+        before = float(self.group.get(OWN_LAM_AT, lam))
+        if own is None or lam == before:
+            return lam if own is None else float(own[self.place])
+        return lam if math.isinf(before) else float(own[self.place]) * (lam / before)
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -5,13 +5,13 @@ The base takes its step; the coupling then joins the update once, outside the ba
 stays first order. W + kappa V moves by exactly the base's displacement.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from dessilbi.blocks.sharding import local
 from dessilbi.blocks.structure import Structure
@@ -23,9 +23,9 @@ from dessilbi.optimizers.carrying import Fusion
 from dessilbi.optimizers.loading import laid_out, own_loaded_state, with_own_options
 from dessilbi.optimizers.optimizer import DessiLBI, is_phantom_step
 from dessilbi.optimizers.options import check_coupling, check_structure
+from dessilbi.optimizers.wrappable import OPTIONS, check_base
 
 _WRAPPED: WeakSet[Optimizer] = WeakSet()
-OPTIONS = ("kappa", "nu", "lam", "structure", "unit", "block_scale")
 
 
 def wrap(
@@ -73,7 +73,8 @@ def wrap(
         if fused), or r.
 
     Raises:
-        ValueError: An option is out of range, or the base is of a kind that cannot be wrapped.
+        ValueError: An option is out of range, or the base is of a kind that cannot be wrapped, or
+            keeps something of its own under a name of ours.
         TypeError: ``base`` is not a torch optimizer.
 
     >>> layer = torch.nn.Linear(8, 4)
@@ -84,46 +85,21 @@ def wrap(
     >>> sorted(optimizer.state[layer.weight])
     ['exp_avg', 'exp_avg_sq', 'step', 'v']
     """
-    _check_base(base, path_lr)
+    _check_new(base)
+    check_base(base, path_lr)
     options = dict(zip(OPTIONS, (kappa, nu, lam, structure, unit, block_scale), strict=True))
     return Wrapped(base, options, path_lr, fused)
 
 
-def _check_base(base: object, path_lr: float | None) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(
-            f"wrap takes a torch optimizer but was given {type(base).__name__}: "
-            f"build one first, for example torch.optim.AdamW(model.named_parameters())"
-        )
+def _check_new(base: object) -> None:
     kind = type(base).__name__
-    if base in _WRAPPED:
+    if isinstance(base, Optimizer) and base in _WRAPPED:
         raise ValueError(
             f"wrap was given a {kind} that is wrapped already: use the first wrapper, or build a "
             f"new base"
         )
     if isinstance(base, DessiLBI | Wrapped):
         raise ValueError(f"wrap was given a {kind}, which has a V already: use it as it is")
-    if isinstance(base, LBFGS):
-        raise ValueError(
-            "wrap was given LBFGS, which moves the weights several times in one step: "
-            "use a base with one update per step, such as SGD or AdamW"
-        )
-    if callable(getattr(base, "train", None)) and callable(getattr(base, "eval", None)):
-        raise ValueError(
-            f"wrap was given {kind}, whose train() and eval() swap the weights, so that p is not "
-            f"the iterate: use a base without them, such as SGD or AdamW"
-        )
-    if path_lr is not None:
-        if not 0 < path_lr < float("inf"):
-            raise ValueError(f"path_lr={path_lr!r} is not allowed: it must be > 0 and finite")
-        return
-    for group in base.param_groups:
-        adaptive = "d_coef" in group or group.get("relative_step") or kind == "Adafactor"
-        if adaptive or not isinstance(group.get("lr"), float | int | Tensor):
-            raise ValueError(
-                f"wrap was given {kind}, whose lr is not the step of the weights: "
-                f"say the step to use for the coupling with path_lr=..."
-            )
 
 
 class Wrapped(Optimizer):
@@ -151,6 +127,7 @@ class Wrapped(Optimizer):
         self._waiting: dict[Tensor, Tensor] = {}
         self._fused, self._fusion = fused, _fusion(fused)
         self._olds: dict[Tensor, Tensor] = {}
+        self._owned: fusing.Choice | None = None  # for which every V is known to be ours
         before = [dict(group) for group in base.param_groups]
         try:
             for group in base.param_groups:
@@ -236,13 +213,29 @@ class Wrapped(Optimizer):
         alphas = [a.clone() if isinstance(a, Tensor) else a for a in alphas]
         if not phantom:
             self._remember(fused)
+        new = () if self._owned is choice else self._without_v(choice)
         loss = self.base.step() if closure is None else self.base.step(closure)
+        self._check_own(new)
+        self._owned = None if new else choice
         self._couple(moving, pulls, alphas, phantom=phantom)
         if fused and not phantom:
             told = [_options(g, a) for g, a in zip(self.param_groups, alphas, strict=True)]
             if self._fusion.ready(self, told, self._olds):
                 self._fusion.run()
         return loss
+
+    def _without_v(self, choice: fusing.Choice) -> list[Tensor]:
+        """Structured parameters that have no V yet."""
+        found = [member.param for unit in choice.units for member in unit]
+        return [p for p in found if dual.STATE_KEY not in self.state.get(p, ())]
+
+    def _check_own(self, params: Iterable[Tensor]) -> None:
+        """Refuse a base that keeps something of its own under the name of V."""
+        if any(dual.STATE_KEY in self.state.get(p, ()) for p in params):
+            raise ValueError(
+                f"the state of {type(self.base).__name__} has a {dual.STATE_KEY!r} of its own, "
+                f"which wrap would overwrite: use a base without it, such as SGD or AdamW"
+            )
 
     def _remember(self, params: list[Tensor]) -> None:
         """Keep W as it is before the base moves it."""
@@ -362,7 +355,7 @@ class Wrapped(Optimizer):
         super().__setstate__({"_fused": None, **state})
         _WRAPPED.add(self.base)  # the base of a copy is wrapped as well
         self._fusion = _fusion(self._fused)
-        self._olds = {}
+        self._olds, self._owned = {}, None
 
     def __repr__(self) -> str:
         """The base's own description, wrapped."""

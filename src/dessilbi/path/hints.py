@@ -3,7 +3,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ class EntryHint:
 
     def __init__(self) -> None:
         self._pending = True
-        self._before: tuple[float, float] | None = None
+        self._before: tuple[float, ...] | None = None  # time, share, pull
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen so far, as plain values."""
@@ -27,20 +27,24 @@ class EntryHint:
         """Go on from what was seen before."""
         before = state["before"]
         self._pending = bool(state["pending"])
-        self._before = None if before is None else (float(before[0]), float(before[1]))
+        self._before = None if before is None else tuple(map(float, before))
 
     def look(self, optimizer: Optimizer, time: float, total: float, *, entered: bool) -> None:
-        """Look at the path between a twentieth and a tenth of its time."""
+        """Look at the path between a twentieth and a tenth of its time, or once 1/nu stands.
+
+        While the coupling is ramped up V grows faster and faster, and no growth tells the end's.
+        """
         if not self._pending or time < 0.05 * total:
             return
-        if self._before is None:
-            self._before = (time, best_share(optimizer))
+        pull = max(1 / float(member.group["nu"]) for member in dual.members(optimizer))
+        if self._before is None or (not entered and self._before[2:] != (pull,)):
+            self._before = (time, best_share(optimizer), pull)
             return
-        if time < 0.1 * total and not entered:
+        start, earlier, _ = self._before
+        if time < max(0.1 * total, start + 0.05 * total) * (1 - 1e-9) and not entered:
             return
         self._pending = False
         share = best_share(optimizer)
-        start, earlier = self._before
         rate = (share - earlier) / (time - start) if time > start else 0.0
         lams = {member.lam for member in dual.members(optimizer)}
         if entered or share + rate * (total - time) >= 1 or min(lams) == math.inf:
@@ -57,6 +61,16 @@ class EntryHint:
             f"{share:.2g} of its threshold and grows too slowly; {remedy}",
             stacklevel=2,
         )
+
+
+def warn_of_joined(names: Sequence[str]) -> None:
+    """Warn of tensors that an optimizer got when its path had begun."""
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    warnings.warn(
+        f"{names[0]}{more} joined the optimizer after this path had begun, and is not part of it "
+        f"nor of its tickets: close the path, and go on with Path(optimizer, after=path)",
+        stacklevel=2,
+    )
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ def plain_metric(name: str, value: object) -> Any:
         ValueError: It is of another kind.
     """
     if value is None or isinstance(value, bool | int | float | str):
-        return value
+        return number_or_word(value)  # as it will be read
     try:
         return float(value)  # type: ignore[arg-type]  # tensors and NumPy numbers
     except (TypeError, ValueError, RuntimeError):

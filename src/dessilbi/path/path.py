@@ -5,7 +5,6 @@ An observer on the step hook: the optimizer does not know it. *First entry* is n
 construction; the *support* at a point is not, because blocks do leave Gamma again.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dessilbi.blocks.ticket import TensorSpec, Ticket
-from dessilbi.choosing.choosing import QUANTITIES, Family
+from dessilbi.choosing.choosing import Family
 from dessilbi.choosing.selection import Ranking, rank
 from dessilbi.dynamics.clock import alpha_now
 from dessilbi.dynamics.forecast import entry_times
@@ -24,7 +23,8 @@ from dessilbi.files.sealing import check_sealed
 from dessilbi.graph.program import ExampleInputs
 from dessilbi.optimizers import dual
 from dessilbi.optimizers.optimizer import is_phantom_step
-from dessilbi.path.hints import EntryHint
+from dessilbi.path.asking import check_numbers, check_step, one_budget
+from dessilbi.path.hints import EntryHint, warn_of_joined
 from dessilbi.path.history import BELIEVED, NEVER, History
 from dessilbi.path.lines import Point, Takes
 from dessilbi.path.scores import (
@@ -92,14 +92,12 @@ class Path:
         resume: Mapping[str, Any] | None = None,
     ):
         found = dual.named_members(optimizer)
-        for name, value in (("every", every), ("total_steps", total_steps)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number >= 1")
-        if total_time is not None and not 0 < total_time < math.inf:
-            raise ValueError(f"total_time={total_time!r} is not allowed: it must be > 0, finite")
-        specs = {m.name: m.spec for m in found}
+        check_numbers(every, total_steps, total_time)
+        joined = () if resume is None else resume.get("joined", ())
+        specs = {m.name: m.spec for m in found if m.name not in joined}
         if resume is None or file is None:
-            self._history = History(specs, {m.name: m.group.get("unit") for m in found}, file)
+            units = {m.name: m.group.get("unit") for m in found if m.name in specs}
+            self._history = History(specs, units, file)
         else:
             self._history = History.resume(file, resume["file"], specs=specs)
         self._scores: Scores | None = None
@@ -107,8 +105,7 @@ class Path:
         self.time: float = 0.0 if after is None else after.time
         self._total_steps, self._total_time = total_steps, total_time
         self._interval = every or (max(1, total_steps // NUM_POINTS) if total_steps else 1)
-        self._adaptive = every is None and total_steps is None
-        self._hint = EntryHint()
+        self._adaptive, self._hint = every is None and total_steps is None, EntryHint()
         if resume is not None:
             self.step, self.time = int(resume["step"]), float(resume["time"])
             self._interval = int(resume["interval"])
@@ -150,7 +147,10 @@ class Path:
             ValueError: The path has no file.
         """
         clock = {"step": self.step, "time": self.time, "interval": self._interval}
-        return {**clock, "hint": self._hint.state_dict(), "file": self._history.position()}
+        told = {**clock, "hint": self._hint.state_dict(), "file": self._history.position()}
+        watched = [] if self._optimizer is None else dual.named_members(self._optimizer)
+        joined = [m.name for m in watched if m.name not in self._history.specs]
+        return {**told, "joined": joined} if joined else told
 
     @property
     def points(self) -> list[Point]:
@@ -200,9 +200,9 @@ class Path:
         optimizer = self._watched()
         if self.points and self.points[-1].step == self.step:
             return
-        everything = dual.support(optimizer)
-        # Tensors that joined the optimizer later are not part of this path.
-        specs = self._history.specs
+        everything, specs = dual.support(optimizer), self._history.specs
+        if joined := [name for name in everything if name not in specs]:
+            warn_of_joined(joined)
         support = Ticket({name: everything[name] for name in specs}, specs)
         self._history.add(Point(self.step, self.time, support.density), support)
         total = self._total_time
@@ -271,16 +271,10 @@ class Path:
         Raises:
             ValueError: No point was recorded by then.
         """
-        self._check_begun(step)
+        check_step(self._history, step, self.step)
         index = max(0, sum(recorded <= step for recorded in self._history.steps()) - 1)
         origin = {"kind": "support", "step": self.points[index].step}
         return Ticket(self._history.support(index), self._history.specs, origin)
-
-    def _check_begun(self, step: int) -> None:
-        first = self._history.first_step
-        if first is None or step < first:
-            known = "nothing was recorded" if first is None else f"its first step is {first}"
-            raise ValueError(f"step={step!r} comes before the path: {known}")
 
     def ticket(
         self,
@@ -315,26 +309,18 @@ class Path:
             ValueError: Not exactly one of density, step, params, macs and bytes is given, a value
                 is out of range, or the path was loaded from a run that never finished.
         """
-        limits = zip(QUANTITIES, (density, params, macs, bytes), strict=True)
-        given = {name: limit for name, limit in limits if limit is not None}
-        if len(given) + (step is not None) != 1:
-            raise ValueError("give exactly one of density, step, params, macs and bytes")
-        if (model is None) != (example_inputs is None):
-            raise ValueError("give model and example_inputs together to path.ticket, or neither")
+        budgets = (density, params, macs, bytes)
+        quantity, limit = one_budget(step, budgets, model, example_inputs)
         if step is not None:
-            self._check_begun(step)
-            last = min(step, self.step)  # no tensor of steps holds every number
-            masks = {n: (e != NEVER) & (e <= last) for n, e in self._history.entries.items()}
+            check_step(self._history, step, self.step)
+            masks = {n: (e != NEVER) & (e <= step) for n, e in self._history.entries.items()}
             return Ticket(masks, self._history.specs, {"kind": "entered", "step": step})
         if model is not None and example_inputs is not None:
             family = self.family(model, example_inputs=example_inputs, order=order)
-            ((quantity, limit),) = given.items()
             return family.choose(quantity, limit).ticket
-        if density is None:
-            raise ValueError(f"a ticket by {next(iter(given))} needs the model and example_inputs")
         order = order or usual_order(self.specs)
-        origin = {"kind": "density", "order": order, "density": density, "step": self.step}
-        return self.ranking(order).ticket(density, origin)
+        origin = {"kind": "density", "order": order, "density": limit, "step": self.step}
+        return self.ranking(order).ticket(limit, origin)
 
     def ranking(self, order: Order | None = None) -> Ranking:
         """Return the ranking behind :meth:`ticket`; use it to draw many tickets at once.
