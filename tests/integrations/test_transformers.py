@@ -209,23 +209,23 @@ def data(name):
     return found
 
 
-def trainer(folder, name, rules, callback=None):
+def trainer(folder, name, rules, callback=None, *, data_collator=None, **options):
     model = make(name)
+    usual = {"max_steps": 12, "save_steps": 6, "logging_strategy": "no"}
     args = transformers.TrainingArguments(
         output_dir=folder,
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
-        save_steps=6,
-        max_steps=12,
-        per_device_train_batch_size=4,
-        logging_strategy="no",
         dataloader_pin_memory=False,
+        **usual | {"per_device_train_batch_size": 4} | options,
     )
     return transformers.Trainer(
         model=model,
         args=args,
         train_dataset=data(name),
+        eval_dataset=data(name)[:8],
+        data_collator=data_collator,
         callbacks=[callback] if callback else [],
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(
             model, rules, lr=0.1, nu=1.0, momentum=0.9
@@ -289,6 +289,72 @@ def test_a_checkpoint_made_without_the_callback_is_refused_with_it(tmp_path):
     other = trainer(tmp_path / "with", "bert", RULES["bert"], PathCallback())
     with pytest.raises(ValueError, match="step 6 was made without PathCallback"):
         other.train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-6"))
+
+
+def test_training_again_does_not_overwrite_the_path(tmp_path):
+    callback = PathCallback(every=2)
+    made = trainer(tmp_path, "bert", RULES["bert"], callback, save_strategy="no")
+    made.train()
+    before = (tmp_path / "path.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="give the callback another folder, or resume"):
+        made.train()
+    assert (tmp_path / "path.jsonl").read_bytes() == before
+    assert callback.path.step == 12
+
+
+def test_the_path_goes_on_where_a_training_begins_again_with_a_smaller_batch(tmp_path):
+    sizes = []
+
+    def collate(features):
+        sizes.append(len(features))
+        if len(sizes) == 4:  # after two steps: a batch is fetched ahead
+            raise RuntimeError("CUDA out of memory.")
+        return transformers.default_data_collator(features)
+
+    callback = PathCallback(every=2)
+    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 8}
+    made = trainer(
+        tmp_path,
+        "bert",
+        RULES["bert"],
+        callback,
+        data_collator=collate,
+        save_strategy="no",
+        **options,
+    )
+    made.train()
+    assert sizes[3] > sizes[4]
+    assert made.state.global_step == 12
+    assert callback.path.step == 14  # the weights took all of these
+    assert [point.step for point in Path.load(tmp_path).points] == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_the_path_follows_the_schedule_through_accumulation_clipping_and_bf16(tmp_path):
+    callback = PathCallback(every=1)
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05, "bf16": True}
+    options |= {"lr_scheduler_type": "cosine", "warmup_steps": 3, "save_strategy": "no"}
+    options |= {"logging_strategy": "steps", "logging_steps": 1}
+    made = trainer(tmp_path, "bert", RULES["bert"], callback, **options)
+    made.train()
+    logged = [entry for entry in made.state.log_history if "learning_rate" in entry]
+    rates = [entry["learning_rate"] for entry in logged]
+    assert len(rates) == 12
+    assert rates[0] == 0 < rates[1] < rates[3] > rates[-1]
+    times = [point.time for point in callback.path.points]
+    assert times == pytest.approx([sum(rates[: n + 1]) for n in range(12)])
+    assert min(entry["grad_norm"] for entry in logged) > 0.05
+    assert 0 < callback.path.points[-1].density < 1
+    for state in made.optimizer.optimizer.state.values():
+        assert all(tensor.dtype == torch.float32 for tensor in state.values())
+
+
+def test_with_the_best_model_loaded_the_path_is_that_of_the_whole_training(tmp_path):
+    callback = PathCallback(every=2)
+    options = {"eval_strategy": "steps", "eval_steps": 6, "load_best_model_at_end": True}
+    made = trainer(tmp_path, "bert", RULES["bert"], callback, save_total_limit=1, **options)
+    made.train()
+    assert made.state.best_model_checkpoint
+    assert [point.step for point in Path.load(tmp_path).points] == [2, 4, 6, 8, 10, 12]
 
 
 def test_before_training_there_is_no_path():

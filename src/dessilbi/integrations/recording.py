@@ -31,6 +31,7 @@ class Recorder:
     def __init__(self, every: int | None, folder: str | FilePath | None):
         self.every, self.folder = every, folder
         self.path: Path | None = None
+        self._watched: Optimizer | None = None
         self._pending: Mapping[str, Any] | None = None
 
     def begin(
@@ -61,13 +62,23 @@ class Recorder:
         state, self._pending = self._pending, None
         run = Run(FilePath(folder if self.folder is None else self.folder))
         file = run.path if writes else None
+        if self.path is not None and self._watched is not None:  # a training that did not end
+            if state is None and self._watched is optimizer and self.path.history.file == file:
+                return self.path  # it begins anew with a smaller batch: the weights go on
+            self._stop()
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
+            if state is None and file.exists():
+                raise FileExistsError(
+                    f"{file} exists already and a path is never overwritten: give the callback "
+                    f"another folder, or resume the training that wrote it"
+                )
             if state is not None and not file.exists():
                 _fetch(state["file"], file, sources, text)
         self.path = Path(
             optimizer, every=self.every, total_steps=total_steps, file=file, resume=state
         )
+        self._watched = optimizer
         return self.path
 
     def begun(self, call: str) -> Path:
@@ -98,12 +109,17 @@ class Recorder:
 
     def end(self) -> None:
         """Record the last point, save the scores beside the path, and stop watching."""
-        if self.path is None:
+        if self.path is None or self._watched is None:
             return
         self.path.record()
-        self.path.close()
+        self._stop()
         if (file := self.path.history.file) is not None:
             self.path.save_scores(Run(file.parent).scores)
+
+    def _stop(self) -> None:
+        assert self.path is not None
+        self.path.close()
+        self._watched = None
 
 
 def _fetch(
