@@ -26,7 +26,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its dependencies say of each other at import
     transformers = pytest.importorskip("transformers")
 
-from accelerate import Accelerator
 from selecting import halve, unlike
 
 from dessilbi.integrations.transformers import PathCallback, optimizer_cls_and_kwargs
@@ -360,41 +359,3 @@ def test_with_the_best_model_loaded_the_path_is_that_of_the_whole_training(tmp_p
 def test_before_training_there_is_no_path():
     with pytest.raises(ValueError, match=r"made when trainer\.train begins"):
         PathCallback().path  # noqa: B018
-
-
-def accelerated(folder, steps, *, load=None):
-    """Train under accelerate from its own state of a folder, or from the start."""
-    model = make("bert")
-    optimizer = DessiLBI(param_groups(model, RULES["bert"]), lr=0.06, nu=1.0, momentum=0.9)
-    accelerator = Accelerator(cpu=True)
-    path = Path(optimizer, every=2, file=folder / "path.jsonl") if load is None else None
-    model, wrapped = accelerator.prepare(model, optimizer)
-    first = 0
-    if load is not None:
-        accelerator.load_state(folder / "state")
-        path, first = Path(optimizer, file=folder / "path.jsonl", resume=load), load["step"]
-    for number in range(first, steps):
-        generator = torch.Generator().manual_seed(number)
-        inputs = torch.randint(0, 50, (4, 7), generator=generator)
-        wrapped.zero_grad()
-        loss = model(input_ids=inputs, labels=torch.arange(4) % 3).loss
-        accelerator.backward(loss)
-        wrapped.step()
-    if steps < 12:
-        accelerator.save_state(folder / "state")
-    return accelerator.unwrap_model(model), optimizer, path
-
-
-def test_under_accelerate_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
-    for name in ("whole", "parts"):
-        (tmp_path / name).mkdir()
-    model, optimizer, path = accelerated(tmp_path / "whole", 12)
-    _, _, half = accelerated(tmp_path / "parts", 6)
-    other, resumed, again = accelerated(tmp_path / "parts", 12, load=half.state_dict())
-    for key, weight in model.state_dict().items():
-        assert torch.equal(other.state_dict()[key], weight)
-    for (p, state), (q, theirs) in zip(optimizer.state.items(), resumed.state.items(), strict=True):
-        assert p.shape == q.shape
-        assert all(torch.equal(state[key], theirs[key]) for key in state)
-    assert again.points == path.points
-    assert 0 < path.points[-1].density < 1
