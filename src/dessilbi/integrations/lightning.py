@@ -4,25 +4,38 @@
 ``configure_optimizers`` returns DessiLBI as any other optimizer; nothing is needed for that.
 """
 
-import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from dessilbi.integrations.recording import Recorder
 from dessilbi.path.path import Path
 
-OTHER_NAME = "lightning.pytorch"  # of the same library; it counts where it is in use, or alone
-try:
-    if TYPE_CHECKING or (OTHER_NAME not in sys.modules and find_spec("pytorch_lightning")):
-        from pytorch_lightning import Callback, LightningModule, Trainer
-    else:
-        from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError as error:
-    raise ImportError(
-        f"the callback needs Lightning ({error}): pip install 'dessilbi[lightning]'"
-    ) from error
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+NAMES = ("pytorch_lightning", "lightning.pytorch")  # one library, two sets of classes
+
+
+def _bases() -> tuple[type, ...]:
+    """The class Callback under every name that is installed: a Trainer asks for its own."""
+    found, missing = [], []
+    for name in NAMES:
+        try:
+            found.append(import_module(name).Callback)
+        except ImportError as error:
+            missing.append(str(error))
+    if not found:
+        raise ImportError(
+            f"the callback needs Lightning ({'; '.join(missing)}): "
+            f"pip install 'dessilbi[lightning]'"
+        )
+    return tuple(found)
+
+
+if not TYPE_CHECKING:
+    Callback = type("Callback", _bases(), {"__doc__": "What both Trainers take."})
 
 
 class PathCallback(Callback):
@@ -44,6 +57,7 @@ class PathCallback(Callback):
 
     >>> import torch
     >>> from dessilbi import DessiLBI, param_groups
+    >>> from pytorch_lightning import LightningModule  # or from lightning.pytorch
     >>> class Net(LightningModule):
     ...     def __init__(self):
     ...         super().__init__()
@@ -80,7 +94,12 @@ class PathCallback(Callback):
         """
         return self._recorder.begun("trainer.fit")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Forget what another call has loaded: ``trainer.test(ckpt_path=...)`` loads it as well."""
+        self._recorder.load({})
+        self._text = None
+
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Watch the optimizer, whose state has been restored by now."""
         count = len(trainer.optimizers)
         if not 0 <= self._optimizer < count:
@@ -88,22 +107,23 @@ class PathCallback(Callback):
                 f"PathCallback(optimizer={self._optimizer}) is not allowed: {count} optimizers "
                 f"were configured, counted from 0"
             )
-        if trainer.ckpt_path is not None and self._text is None and trainer.is_global_zero:
+        if trainer.ckpt_path is not None and self._text is None:
             raise ValueError(
                 f"the checkpoint {trainer.ckpt_path} was made without PathCallback, so its path "
                 f"cannot go on: fit from the start, or leave the callback out"
             )
-        steps = trainer.estimated_stepping_batches
+        steps, trial = trainer.estimated_stepping_batches, bool(trainer.fast_dev_run)
+        known = not trial and steps != float("inf") and steps > 0
         self._recorder.begin(
             trainer.optimizers[self._optimizer],
             trainer.log_dir or trainer.default_root_dir,
-            total_steps=int(steps) if steps != float("inf") and steps > 0 else None,
-            writes=trainer.is_global_zero,
+            total_steps=int(steps) if known else None,  # a trial is too short to select anything
+            writes=trainer.is_global_zero and not trial,  # and leaves no files
             text=self._text,
         )
         self._text = None
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Record the end, and save the scores of blocks."""
         self._recorder.end()
 
