@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel holds what the package needs, and works on a machine without a compiler."""
+"""The wheel holds what the package needs, and works on a machine without a compiler.
+
+So does the wheel that pip builds of the source distribution: it is the same.
+"""
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -39,6 +43,18 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """A source distribution of the source tree, unpacked as pip does."""
+    sdists = pytest.importorskip("hatchling.builders.sdist")
+    folder = tmp_path_factory.mktemp("sdist")
+    (built,) = sdists.SdistBuilder(str(ROOT)).build(directory=str(folder))
+    with tarfile.open(built) as packed:
+        packed.extractall(folder / "unpacked", filter="data")
+    (root,) = (folder / "unpacked").iterdir()
+    return root
+
+
+@pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """What an installation of the wheel puts among other packages."""
     folder = tmp_path_factory.mktemp("site")
@@ -67,6 +83,38 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
     for name in ("kernels/native/step.cpp", "kernels/native/arithmetic.h", "py.typed"):
         assert f"dessilbi/{name}" in packed
     assert "dessilbi/recipes/digits-lenet.toml" in packed
+
+
+BUILD = "import hatchling.build, sys; hatchling.build.build_wheel(sys.argv[1])"  # what pip calls
+
+
+def contents(wheel):
+    with zipfile.ZipFile(wheel) as packed:
+        return {name: packed.read(name) for name in packed.namelist()}
+
+
+def test_the_wheel_built_of_the_source_distribution_is_the_same(wheel, unpacked, tmp_path):
+    called = [sys.executable, "-c", BUILD, str(tmp_path)]
+    done = subprocess.run(called, cwd=unpacked, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = tmp_path.glob("*.whl")
+    assert built.name == wheel.name
+    ours, theirs = contents(wheel), contents(built)
+    assert len(ours) > 100
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_the_source_distribution_holds_what_its_tests_and_commands_need(unpacked):
+    for name in ("pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"):
+        assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes()
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no clone, whose files could be listed")
+    called = ["git", "ls-files", "src", "tests", "docs", "examples"]
+    listed = subprocess.run(called, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert listed.stdout
+    files = listed.stdout.splitlines()
+    assert [file for file in files if not (unpacked / file).is_file()] == []
 
 
 def test_without_a_compiler_the_installed_wheel_steps_after_one_warning(installed, tmp_path):
