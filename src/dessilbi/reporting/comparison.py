@@ -49,10 +49,10 @@ def _side_by_side(quantity: str, lines: Sequence[Line], *, alike: bool) -> Chart
     by_density = quantity == "density"
     best = max(lines, key=lambda line: line.points[-1][1])
     x, y = best.points[-1]
-    where = f"at a density of {wording.share(x)}" if by_density else f"epoch {wording.epoch(x)}"
+    where = f"a density of {wording.share(x)}" if by_density else f"epoch {wording.epoch(x)}"
     across = of_density(xs) if by_density else Scale(0.0, max(xs))
     log = ", log scale" if across.kind == "log" else ""
-    title = f"The best last ticket is that of {best.label}: {wording.share(y)} {where}"
+    title = f"The best last ticket is that of {best.label}: {wording.share(y)} at {where}"
     return Chart(
         f"runs-by-{quantity}",
         title if alike else f"The tickets of {len(lines)} runs, on data that differ",
