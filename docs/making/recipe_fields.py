@@ -63,7 +63,7 @@ def kind(annotation: Any) -> str:
 def limits(bounds: Iterable[Any]) -> str:
     """Return the bounds of a number, with a space before."""
     told = [
-        f"{sign} {getattr(bound, name)}"
+        f"{sign} {getattr(bound, name)}".replace(str(2**63), "2^63")
         for bound in bounds
         for name, sign in LIMITS.items()
         if hasattr(bound, name)

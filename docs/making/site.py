@@ -3,9 +3,10 @@
 
 The pages in docs/ are written for a reader of the repository. Here they are copied to build/pages
 with links that leave docs/ made to lead somewhere on the site, and given to the generator with the
-order of navigation.py. Warnings are errors.
+order of navigation.py. Warnings are errors. The site also works opened as files, search included.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -21,11 +22,12 @@ from navigation import navigation
 ROOT = Path(__file__).parents[2]
 DOCS, PAGES = ROOT / "docs", ROOT / "build" / "pages"
 LINK = re.compile(r"(?<!!)\[([^\]\[]*)\]\(([^)#\s]+)([^)]*)\)")
+FIGURE = re.compile(r"^(!\[[^\]]*\]\((\S+\.svg)\))$", re.M)
 
 
 def place_of(source: Path) -> str:
     """Return where a file of the repository lies on the site."""
-    if source.is_relative_to(DOCS):
+    if source.is_relative_to(DOCS) and source.suffix != ".py":
         return source.relative_to(DOCS).as_posix()
     if source.name == "README.md":
         return "index.md"
@@ -48,11 +50,13 @@ def rewritten(text: str, source: Path, wanted: set[Path]) -> str:
         target = (source.parent / link).resolve()
         if "://" in link or not target.is_file():
             return match[0]
-        if not target.is_relative_to(DOCS):
+        if not target.is_relative_to(DOCS) or target.suffix == ".py":
             wanted.add(target)
         shown = title_of(target) if text == target.name and target.suffix == ".md" else text
         return f"[{shown}]({'../' * depth}{place_of(target)}{anchor})"
 
+    text = FIGURE.sub(r"[\1](\2)", text)  # a phone shows it in full when it is touched
+    text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     return LINK.sub(place, text)
 
 
@@ -73,7 +77,16 @@ def stage() -> None:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(target, file)
-    shutil.copyfile(DOCS / "making" / "style.css", PAGES / "style.css")
+    for name in ("style.css", "offline.js", "favicon.svg"):
+        shutil.copyfile(DOCS / "making" / name, PAGES / name)
+
+
+def add_search(site: Path) -> None:
+    """Give pages that are opened as files what they may not fetch: index and worker in a script."""
+    index = (site / "search.json").read_text()
+    (worker,) = (site / "assets" / "javascripts" / "workers").glob("search.*.js")
+    script = f"var __index = {index};\nvar __worker = {json.dumps(worker.read_text())};\n"
+    (site / "search.js").write_text(script)
 
 
 def settings() -> dict:
@@ -93,6 +106,7 @@ def main() -> None:
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f", str(config)]
     built = subprocess.run(command, cwd=ROOT, check=False).returncode
     if built == 0:
+        add_search(PAGES.parent / "site")
         shutil.rmtree(ROOT / "site", ignore_errors=True)
         shutil.move(PAGES.parent / "site", ROOT / "site")
     sys.exit(built)
