@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from dessilbi import DensityControl, DessiLBI, Path, wrap
 from dessilbi.files.storage import to_json
-from dessilbi.optimizers.dual import OWN_LAM, members, norms_of, units_of
+from dessilbi.optimizers.dual import OWN_LAM, OWN_LAM_AT, members, norms_of, units_of
 
 STEPS = 120
 
@@ -495,3 +495,25 @@ def test_a_state_of_another_density_is_refused():
     state = a.control(0.3).state_dict()
     with pytest.raises(ValueError, match="go on with what was begun"):
         b.control(0.2).load_state_dict(state)
+
+
+def test_who_writes_lambda_after_a_control_writes_it_for_every_tensor():
+    listed = [("a", nn.Parameter(torch.ones(4, 4))), ("b", nn.Parameter(torch.ones(4, 4)))]
+    optimizer = DessiLBI([{"params": listed, "structure": "filter"}], lam=2.0)
+    (group,) = optimizer.param_groups
+    group[OWN_LAM], group[OWN_LAM_AT] = [2.0, 0.5], 2.0
+    assert [m.lam for m in members(optimizer)] == [2.0, 0.5]
+    group["lam"] = 4.0
+    assert [m.lam for m in members(optimizer)] == [4.0, 1.0]
+    group["lam"] = math.inf
+    assert [m.lam for m in members(optimizer)] == [math.inf, math.inf]
+
+
+def test_a_v_that_is_not_finite_is_refused_by_name():
+    toy = Toy()
+    toy.control(0.2)
+    toy.step(20)
+    with torch.no_grad():
+        toy.params["b"][0, 0] = math.nan
+    with pytest.raises(ValueError, match="V of b is not finite at step 2"):
+        toy.step(10)

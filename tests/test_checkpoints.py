@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dessilbi import DessiLBI
+from dessilbi import DessiLBI, wrap
 
 both_kernels = pytest.mark.parametrize("foreach", [False, True], ids=["reference", "foreach"])
 TARGET = torch.randn(6, 4, generator=torch.Generator().manual_seed(5)) * torch.linspace(
@@ -333,3 +333,63 @@ def test_a_step_with_zero_gradients_and_a_learning_rate_is_a_step():
     before = weight.detach().clone()
     optimizer.step()
     assert_close(optimizer.state[weight]["v"], before * 0.05 / 2.0)
+
+
+def named(*names):
+    """Three matrices of one shape in one group, under their names, in an order."""
+    weights = {name: nn.Parameter(torch.full((4, 4), float(i))) for i, name in enumerate(names)}
+    groups = [{"params": list(weights.items()), "structure": "filter"}]
+    return weights, DessiLBI(groups, lr=0.1, nu=1.0, lam=0.01, momentum=0.9)
+
+
+def stepped(*names):
+    weights, optimizer = named(*names)
+    for name, weight in weights.items():
+        weight.grad = torch.full((4, 4), float(ord(name[-1])))
+    optimizer.step()
+    return weights, optimizer
+
+
+def test_state_goes_by_name_where_parameters_come_in_another_order():
+    weights, optimizer = stepped("a", "b", "c")
+    others, loaded = named("c", "a", "b")
+    loaded.load_state_dict(optimizer.state_dict())
+    assert loaded.param_groups[0]["param_names"] == ["c", "a", "b"]
+    for name in "abc":
+        for key, value in optimizer.state[weights[name]].items():
+            assert torch.equal(loaded.state[others[name]][key], value)
+    assert not torch.equal(*(optimizer.state[weights[n]]["momentum_buffer"] for n in "ab"))
+
+
+def test_state_under_other_names_goes_by_place_and_the_names_stay_our_own():
+    weights, optimizer = stepped("a", "b", "c")
+    others, loaded = named("net.a", "net.b", "net.c")
+    loaded.load_state_dict(optimizer.state_dict())
+    assert loaded.param_groups[0]["param_names"] == ["net.a", "net.b", "net.c"]
+    assert torch.equal(loaded.state[others["net.b"]]["v"], optimizer.state[weights["b"]]["v"])
+
+
+def test_state_of_other_parameters_is_refused():
+    _, optimizer = stepped("a", "b", "c")
+    _, loaded = named("a", "c", "d")
+    with pytest.raises(ValueError, match="has b in param group 0, and the optimizer has not"):
+        loaded.load_state_dict(optimizer.state_dict())
+
+
+def test_a_wrapped_optimizers_state_goes_by_name_too():
+    def build(*names):
+        weights = {name: nn.Parameter(torch.ones(4, 4)) for name in names}
+        base = torch.optim.AdamW(weights.items(), lr=0.1)
+        return weights, wrap(base, nu=1.0, lam=0.01, structure="filter")
+
+    weights, optimizer = build("a", "b")
+    for i, weight in enumerate(weights.values()):
+        weight.grad = torch.full((4, 4), i + 1.0)
+    optimizer.step()
+    others, loaded = build("b", "a")
+    loaded.load_state_dict(optimizer.state_dict())
+    for name in "ab":
+        for key in ("v", "exp_avg"):
+            saved = optimizer.state[weights[name]][key]
+            assert torch.equal(loaded.state[others[name]][key], saved)
+    assert loaded.param_groups[0]["param_names"] == ["b", "a"]

@@ -91,7 +91,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     def busy(*_, **__):
         raise AssertionError("it began to work")
 
-    for name in ("drawing.Drawer", "path.Path.load", "reporting.summary.summarise"):
+    places = ("outcomes.tickets.Drawer", "path.path.Path.load", "reporting.summary.summarise")
+    for name in places:
         monkeypatch.setattr(f"dessilbi.{name}", busy)
     for place in ("nowhere/x.png", "file/x.png"):
         result = call(command, shared_run().folder, *PLACES[command], place)
@@ -124,7 +125,9 @@ def test_a_figure_says_by_its_name_what_it_is(name):
     ],
     ids=str,
 )
-def test_a_misspelt_command_is_one_sentence_and_no_box(arguments, words):
+def test_a_misspelt_command_is_one_sentence_and_no_box(arguments, words, tmp_path, monkeypatch):
+    tmp_path.joinpath("run").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert_failed(call(*arguments), 2, *words)
 
 

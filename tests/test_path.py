@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.testing import assert_close
 
-from dessilbi import DessiLBI, Path
+from dessilbi import DessiLBI, Path, Schedules, piecewise
 from dessilbi.files.runs import Run
 from dessilbi.path.history import NEVER
 from dessilbi.path.scores import ORDERS
@@ -781,6 +781,12 @@ def test_an_optimizer_without_a_structure_is_refused():
 
 def test_an_optimizer_of_torch_is_refused():
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"SGD has no Gamma .* give it one with dessilbi\.wrap"):
+        Path(optimizer)
+
+
+def test_an_optimizer_without_structure_is_refused():
+    optimizer = DessiLBI(nn.Linear(2, 2).named_parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"dessilbi\.param_groups\(model\)"):
         Path(optimizer)
 
@@ -948,3 +954,66 @@ def test_a_file_of_another_path_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="is of another run"):
         Path(toy.optimizer, file=tmp_path / "path", resume=odd)
     assert (tmp_path / "path").read_bytes() == before
+
+
+@pytest.mark.parametrize("ask", ["support", "ticket"])
+def test_a_step_behind_the_end_is_refused(ask):
+    _, path = watched()
+    with pytest.raises(ValueError, match="step=61 comes behind the path: its last step is 60"):
+        getattr(path, ask)(step=61)
+
+
+def ramped(lam, **options):
+    """A row that nothing but the coupling moves, slowly at first, and what was warned of it."""
+    w = nn.Parameter(torch.ones(4, 4))
+    optimizer = DessiLBI([{"params": [("w", w)], "structure": "filter"}], nu=1.0, lam=lam)
+    Schedules(optimizer, total_time=20.0, coupling=piecewise([(0.0, 0.0), (0.3, 1.0)]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Path(optimizer, every=1, total_steps=200, **options)
+        for _ in range(200):
+            w.grad = 5 * (w.detach() - 1)
+            optimizer.step()
+    return [str(w.message) for w in caught], optimizer.support().density
+
+
+def test_while_the_coupling_is_ramped_up_nothing_is_foreseen():
+    assert ramped(lam=20.0) == ([], 1.0)
+
+
+def test_once_the_coupling_stands_a_lam_out_of_reach_is_warned_about():
+    (message,), density = ramped(lam=1000.0)
+    assert density == 0
+    assert REMEDY.match(message)
+
+
+def joined(toy):
+    """A group joins the optimizer."""
+    late = nn.Parameter(torch.ones(3, 3))
+    toy.optimizer.add_param_group({"params": [("late", late)], "structure": "filter"})
+
+
+def test_tensors_that_join_later_are_warned_about_and_no_part_of_the_path():
+    toy = Toy()
+    path = Path(toy.optimizer, every=1)
+    toy.step(5)
+    joined(toy)
+    with pytest.warns(UserWarning, match="late joined the optimizer after this path had begun"):
+        toy.step(1)
+    assert path.names == ["w", "e"]
+    after = Path(toy.optimizer, every=1, after=path)
+    path.close()
+    toy.step(1)
+    assert (after.names, after.step) == (["w", "e", "late"], 7)
+
+
+def test_a_path_is_resumed_beside_tensors_that_joined_later(tmp_path):
+    toy = Toy()
+    path = Path(toy.optimizer, every=1, file=tmp_path / "path")
+    toy.step(5)
+    joined(toy)
+    state = path.state_dict()
+    assert state["joined"] == ["late"]
+    path.close()
+    again = Path(toy.optimizer, file=tmp_path / "path", resume=state)
+    assert (again.names, again.step, len(again.points)) == (["w", "e"], 5, 5)

@@ -8,8 +8,10 @@ from inspect import getdoc
 from pathlib import Path
 
 import pytest
+import torch
 
 import dessilbi
+from dessilbi.testing import random_ticket
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from surface import FILE, surface
@@ -60,3 +62,20 @@ def test_the_module_and_the_program_are_the_same_command():
     assert "--install-completion" in done.stdout
     (script,) = entry_points(group="console_scripts", name="dessilbi")
     assert script.value == "dessilbi.cli:main"
+
+
+def test_what_is_returned_shows_itself_in_a_few_lines():
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), torch.ones(2, 4)
+    ticket = random_ticket(model, example_inputs=x, density=0.5)
+    small = dessilbi.compact(model, ticket, example_inputs=x)
+    assert repr(small) == f"Compacted(Sequential)\n{small.proof}"
+    found = dessilbi.plan(model, {"0.weight": "neuron", "*": None}, example_inputs=x)
+    assert repr(found) == str(found)
+
+
+def test_a_run_that_is_not_there_is_told_before_torch_is_loaded():
+    code = "import sys, atexit; from dessilbi.cli import main; sys.argv[1:] = ['ticket', 'nowhere']"
+    code += "; atexit.register(lambda: print('torch' in sys.modules)); main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (1, "False")
+    assert "nowhere is not a run folder: it does not exist; name a folder" in done.stderr

@@ -563,3 +563,9 @@ def test_inputs_that_cannot_be_described_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="a list, which cannot be described"):
         save_compact(monstrous, tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_the_place_of_a_factory_is_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 2))
+    with pytest.raises(TypeError, match=r"a Sequential itself: give a function that builds"):
+        load_compact(model, tmp_path)

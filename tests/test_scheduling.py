@@ -147,3 +147,14 @@ def test_a_factor_that_no_group_may_hold_is_refused_and_nothing_moves(option, fa
     with pytest.raises(ValueError, match=f"schedule of {option} gives .* must be > 0 and finite"):
         train(model, optimizer, 1, start=1)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_group_that_joins_is_scheduled_from_the_value_it_was_given():
+    model, optimizer = build()
+    schedules = Schedules(optimizer, total_time=STEPS * 0.1, coupling=piecewise(RAMP))
+    train(model, optimizer, 4)
+    late = nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
+    optimizer.add_param_group({"params": [("late", late)], "structure": "filter", "nu": 2.0})
+    train(model, optimizer, STEPS - 4, start=4)
+    assert [group["nu"] for group in optimizer.param_groups] == [0.5, 0.5, 2.0]
+    assert len(schedules.state_dict()["bases"]) == 2  # of the groups with a structure

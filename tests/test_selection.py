@@ -246,3 +246,13 @@ def test_tensors_without_elements_are_no_ranking():
     spec = TensorSpec((0, 4), (1, None))
     with pytest.raises(ValueError, match="no structured tensor has elements"):
         rank([{"empty": torch.zeros(spec.grid)}], {"empty": spec}, NO_UNITS)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_refused_by_name(value, relative):
+    specs = {name: TensorSpec((4, 3), (1, None)) for name in ("first", "second")}
+    scores = {name: torch.ones(4, 1) for name in specs}
+    scores["second"][2] = value
+    with pytest.raises(ValueError, match=r"blocks of second cannot be ranked.* not finite"):
+        rank([scores], specs, dict.fromkeys(specs), relative=relative)

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 from math import prod
 
 import pytest
@@ -347,3 +348,19 @@ def test_packing_bits_loses_nothing(cut, seed):
 def test_unpacking_refuses_another_number_of_bytes():
     with pytest.raises(ValueError, match="a mask of 1 bytes cannot hold 9 blocks"):
         unpack_bits(pack_bits(torch.ones(8, dtype=torch.bool)), (9,))
+
+
+def test_a_ticket_does_not_guess_which_of_two_parts_it_is_of():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4)))
+            self.fc = nn.Linear(4, 4)
+
+    model = Net()
+    listed = [(n, p) for n, p in model.named_parameters() if n.startswith("module.")][:1]
+    ticket = DessiLBI(listed, structure="filter").support()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"has fc\.weight and module\.fc\.weight, and this ticket"):
+        ticket.apply_(model)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

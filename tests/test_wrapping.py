@@ -545,3 +545,49 @@ def test_a_base_is_wrapped_once():
     wrap(base, nu=1.0, lam=1.0, structure="filter")
     with pytest.raises(ValueError, match="a SGD that is wrapped already: use the first wrapper"):
         wrap(base, nu=5.0, lam=2.0)
+
+
+class OwnV(torch.optim.Optimizer):
+    """Keeps its second moment under the name that V has."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, {"lr": 0.01, **options})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p].setdefault("v", torch.zeros_like(p)).addcmul_(p.grad, p.grad)
+
+
+def test_a_base_that_keeps_a_v_of_its_own_is_refused_at_its_first_step():
+    named = weights()
+    optimizer = wrap(OwnV(named), **COUPLING)
+    with pytest.raises(ValueError, match="the state of OwnV has a 'v' of its own"):
+        train(named, optimizer, steps=1)
+
+
+def test_a_base_that_has_stepped_with_a_v_of_its_own_is_refused():
+    named = weights()
+    base = OwnV(named)
+    train(named, base, steps=1)
+    with pytest.raises(ValueError, match="OwnV, whose state holds 'v' already"):
+        wrap(base, **COUPLING)
+
+
+def test_a_base_with_an_option_of_our_name_is_refused():
+    with pytest.raises(ValueError, match="OwnV, whose own option 'nu' means something else"):
+        wrap(OwnV(weights(), nu=0.7), **COUPLING)
+
+
+def test_a_parameter_that_gets_its_first_gradient_late_gets_its_v_then():
+    named = weights()
+    optimizer = wrap(BASES["adamw"](named), **COUPLING)
+    fill_gradients(named, 0)
+    late, named[1][1].grad = named[1][1].grad, None
+    optimizer.step()
+    assert "v" not in optimizer.state[named[1][1]]
+    named[1][1].grad = late
+    optimizer.step()
+    assert optimizer.state[named[1][1]]["v"].any()

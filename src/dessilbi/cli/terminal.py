@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from dessilbi.columns import WIDTH, printable
+from dessilbi.files.folders import RECIPE, kind_of
 from dessilbi.files.runs import TrainingError
 from dessilbi.files.storage import to_json
 from dessilbi.training.recipes import RecipeError, recipe_names
@@ -35,7 +36,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print strict JSON inst
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value.")
 ]
-RunArgument = Annotated[FilePath, typer.Argument(help="A run folder.", metavar="RUN")]
+
+
+def _there(run: FilePath) -> FilePath:
+    """Refuse what is no folder at once, before torch is loaded."""
+    if not run.is_dir():
+        told = f"{run} is not a run folder: {kind_of(run, RECIPE)}"
+        raise fail(f"{told}; name a folder that `dessilbi train` has written", 1)
+    return run
+
+
+RunArgument = Annotated[
+    FilePath, typer.Argument(help="A run folder.", metavar="RUN", callback=_there)
+]
 
 
 class DeviceName(StrEnum):

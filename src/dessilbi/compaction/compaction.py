@@ -71,6 +71,10 @@ class Compacted:
     closed: Ticket
     witness: Witness
 
+    def __repr__(self) -> str:
+        """The model's class and the proof; the tensors behind them are long."""
+        return f"Compacted({type(self.model).__name__})\n{self.proof}"
+
     @property
     def cuts(self) -> Cuts:
         """Kept indices of every tensor that was cut."""

@@ -133,6 +133,11 @@ def named_members(optimizer: Optimizer) -> list[Member]:
         ValueError: There is no structured group, or the parameters have no names of their own.
     """
     found = members(optimizer)
+    if not found and not any("kappa" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} has no Gamma of its own: give it one with "
+            f"dessilbi.wrap(optimizer, nu=..., lam=..., structure=...), or use DessiLBI"
+        )
     if not found:
         raise ValueError(
             "no param group of this optimizer has a structure, so there is no Gamma: build the "

@@ -98,6 +98,10 @@ class Plan:
     units: tuple[PlannedUnit, ...]
     tensors: tuple[PlannedTensor, ...]
 
+    def __repr__(self) -> str:
+        """What ``print`` shows, also in a notebook."""
+        return str(self)
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return asdict(self)

@@ -161,6 +161,7 @@ def load_compact(factory: Factory | str | None, folder: str | Path) -> nn.Module
         FileNotFoundError: The folder or a file of it is not there.
         ValueError: A file is damaged, was changed, or is of a newer format; or the factory makes
             another model than the one that was compacted.
+        TypeError: The factory is a model, and no function that builds one.
         ImportError: A registered name needs a library that is not installed.
 
     >>> import tempfile
@@ -175,6 +176,11 @@ def load_compact(factory: Factory | str | None, folder: str | Path) -> nn.Module
     ...     load_compact(factory, save_compact(small, place + "/small"))[0]
     Linear(in_features=4, out_features=4, bias=True)
     """
+    if isinstance(factory, torch.nn.Module):
+        raise TypeError(
+            f"load_compact was given a {type(factory).__name__} itself: give a function that "
+            f"builds the big model, for example lambda: {type(factory).__name__}(...)"
+        )
     return open_certified(factory, folder).model
 
 
