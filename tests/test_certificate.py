@@ -7,8 +7,9 @@ import torch.nn.functional as F  # noqa: N812
 from random_nets import any_ticket
 from torch import nn
 
-from dessilbi.compaction.certifying import difference, find_references, probes_of
+from dessilbi.compaction.certifying import find_references, probes_of
 from dessilbi.compaction.compaction import compact
+from dessilbi.compaction.comparing import difference
 from dessilbi.graph import read_graph
 from dessilbi.graph.reader import RULES
 

@@ -78,6 +78,7 @@ ORDER: dict[str, str | dict[str, str]] = {
         "blueprint": "kept indices as a value: the same cut on a fresh model",
         "folding": "constants of dead channels",
         "following": "the optimizer goes on with the smaller model",
+        "comparing": "how far answers are from others, each element in its own scale",
         "certifying": "whether two models compute the same",
         "proving": "numbers before and after",
         "witness": "what the masked model answers, for later",

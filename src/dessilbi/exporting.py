@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dessilbi.blocks.naming import unwrap
-from dessilbi.compaction.certifying import difference, floating, magnitude, outputs
+from dessilbi.compaction.certifying import left_out, outputs
+from dessilbi.compaction.comparing import Gap, compare, compared, magnitude
 from dessilbi.compaction.proving import check_finite
 from dessilbi.files.storage import sync_file, sync_folder
 from dessilbi.graph.inputs import Arguments, TensorInput, describe, draw
@@ -97,6 +98,7 @@ def export(model: nn.Module, file: str | Path, *, example_inputs: ExampleInputs)
                 )
             run, dynamic, notes = write(own, here, temporary / file.name)
             gap = _compare(own, here, run, dynamic)
+            notes += (*gap.notes(), *left_out(own, here))
         size = 0
         for written in sorted(temporary.iterdir(), reverse=True):  # the weights before the file
             sync_file(written)
@@ -105,7 +107,7 @@ def export(model: nn.Module, file: str | Path, *, example_inputs: ExampleInputs)
         sync_folder(file.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(file, size, gap, dynamic, notes)
+    return Exported(file, size, gap.largest, dynamic, notes)
 
 
 def require_packages(names: Sequence[str]) -> None:
@@ -139,8 +141,8 @@ def _refusal(model: nn.Module, arguments: Arguments) -> str | None:
     return None
 
 
-def _compare(model: nn.Module, arguments: Arguments, run: Runner, dynamic: bool) -> float:
-    """Return max |difference| on the example, on drawn inputs and on another batch."""
+def _compare(model: nn.Module, arguments: Arguments, run: Runner, dynamic: bool) -> Gap:
+    """Return the difference on the example, on drawn inputs and on another batch."""
     args, kwargs = arguments
     inputs = describe(args or kwargs)
     probes = [arguments, *draw(inputs, 2)]
@@ -156,15 +158,19 @@ def _compare(model: nn.Module, arguments: Arguments, run: Runner, dynamic: bool)
             f"the exported file does not run ({_first_line(error)}): export to another format or "
             f"in float32"
         ) from None
-    gap, size = difference(expected, found), magnitude(expected)
-    types = [x.dtype for answer in expected for x in answer] or [torch.float32]
-    allowed = max(min(0.05, 1e4 * torch.finfo(dtype).eps) for dtype in types) * max(size, 1e-30)
-    if not gap <= allowed:
+    gap = compare(expected, found, exact=False)
+    if not gap.within(_allowed):
         raise ValueError(
-            f"the exported file answers differently by {gap:.3g} (outputs are up to {size:.3g}): "
-            f"nothing was kept; export to another format or report the model"
+            f"the exported file answers differently by {gap.largest:.3g} (outputs are up to "
+            f"{magnitude(expected):.3g}), {gap.relative:.2g} in the scale of an output: nothing "
+            f"was kept; export to another format or report the model"
         )
     return gap
+
+
+def _allowed(dtype: torch.dtype) -> float:
+    """Return what another runtime's rounding may do; it may also decide between near ties."""
+    return min(0.05, 1e4 * torch.finfo(dtype).eps) if dtype.is_floating_point else 0.05
 
 
 def _first_line(error: Exception) -> str:
@@ -256,14 +262,14 @@ def open_session(file: str | Path) -> Any:
 
 
 def run_session(session: Any, arguments: Arguments) -> list[Tensor]:
-    """Return the floating answers of a session to forward's arguments."""
+    """Return the answers of a session to forward's arguments."""
     args, kwargs = arguments
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     names = [item.name for item in session.get_inputs()]
     if len(names) != len(tensors):
         raise ValueError(f"it takes {', '.join(names)}, not {len(tensors)} tensors")
     feed = {name: x.detach().cpu().numpy() for name, x in zip(names, tensors, strict=True)}
-    return [x for x in map(torch.from_numpy, session.run(None, feed)) if x.is_floating_point()]
+    return [torch.from_numpy(x) for x in session.run(None, feed)]
 
 
 def _write_pt2(
@@ -280,7 +286,7 @@ def _write_pt2(
             f"{type(model).__name__} cannot be written as .pt2 ({_first_line(error)}): export to "
             f".onnx instead"
         ) from None
-    return lambda probe: floating(again(*probe[0], **probe[1])), dynamic, notes
+    return lambda probe: compared(again(*probe[0], **probe[1])), dynamic, notes
 
 
 def _write_safetensors(
@@ -297,7 +303,7 @@ def _write_safetensors(
             tensor.zero_()
     safetensors.torch.load_model(again, str(file))
     notes = ("weights and buffers alone: the code of the model is needed to use them",)
-    return lambda probe: floating(again(*probe[0], **probe[1])), False, notes
+    return lambda probe: compared(again(*probe[0], **probe[1])), False, notes
 
 
 _WRITERS = {".onnx": _write_onnx, ".pt2": _write_pt2, ".safetensors": _write_safetensors}

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dessilbi.blocks.ticket import Ticket
+from dessilbi.compaction.comparing import TELLS, compare, compared, sharpness, unseen
 from dessilbi.compaction.rewriting import wide_literals
 from dessilbi.graph.inputs import Arguments, describe, draw
 from dessilbi.graph.program import ExampleInputs, as_arguments, evaluating
-from dessilbi.graph.reader import flatten
 
 DRAWN = 3  # the example and two drawn probes
-TELLS = 1e-4  # an output that varies by less of its size is rounding, as far as we know
-Answers = Sequence[Sequence[Tensor]]  # per probe, every floating tensor the model returns
 
 
 class SilentError(ValueError):
@@ -55,83 +53,15 @@ def wide(arguments: Arguments, factor: float = 1.0) -> Arguments:
 def outputs(model: nn.Module, probes: Sequence[Arguments]) -> list[list[Tensor]]:
     """Return every tensor the model returns, per probe, in eval mode."""
     with evaluating(model), torch.no_grad():
-        return [floating(model(*args, **kwargs)) for args, kwargs in probes]
+        return [compared(model(*args, **kwargs)) for args, kwargs in probes]
 
 
-def floating(value: Any) -> list[Tensor]:
-    """Return the floating tensors in an answer of a model, in order."""
-    if hasattr(value, "__dataclass_fields__"):
-        value = [getattr(value, name) for name in value.__dataclass_fields__]
-    return [x for x in flatten(value) if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def difference(one: Answers, two: Answers) -> float:
-    """Return max |a - b|, infinite where shapes or finiteness differ."""
-    worst = 0.0
-    for mine, theirs in zip(one, two, strict=True):
-        if len(mine) != len(theirs):
-            return float("inf")
-        worst = max([worst, *(_gap(a, b) for a, b in zip(mine, theirs, strict=True))])
-    return worst
-
-
-def _gap(a: Tensor, b: Tensor) -> float:
-    """Return max |a - b|; infinities that agree do not count."""
-    if a.shape != b.shape:
-        return float("inf")
-    gap = float(torch.where(a == b, 0, (a - b).abs()).max()) if a.numel() else 0.0
-    return gap if gap == gap else float("inf")
-
-
-def magnitude(found: Answers) -> float:
-    """Return the largest finite |output|."""
-    values = (x[x.isfinite()].abs() for some in found for x in some)
-    return max((float(x.max()) for x in values if x.numel()), default=0.0)
-
-
-def _each(found: Answers) -> list[list[list[Tensor]]]:
-    """Split answers by output: one list of single answers for each."""
-    return [[[x] for x in kind] for kind in zip(*found, strict=True)]
-
-
-def _variation(kind: Answers) -> float:
-    """Return how much one output differs between probes, at most, where it is finite."""
-    pairs = [(kind[0][0], other[0]) for other in kind[1:]]
-    gaps = [(a - b)[a.isfinite() & b.isfinite()].abs() for a, b in pairs if a.shape == b.shape]
-    return max((float(gap.max()) for gap in gaps if gap.numel()), default=0.0)
-
-
-def sharpness(found: Answers) -> float:
-    """Return how much an output varies with the input relative to its size, at most."""
-    shares = [_variation(kind) / (magnitude(kind) or float("inf")) for kind in _each(found)]
-    return max(shares, default=0.0)
-
-
-def relative(expected: Answers, found: Answers) -> float:
-    """Return the largest difference of an output, relative to how much that output varies.
-
-    Where an output hardly varies, relative to its size; where none does, to a multiple of it.
-    """
-    if any(len(a) != len(b) for a, b in zip(expected, found, strict=True)):
-        return float("inf")
-    blunt = 1.0 if sharpness(expected) > TELLS else 1e3
-    worst = 0.0
-    for mine, theirs in zip(_each(expected), _each(found), strict=True):
-        gap, spread, size = difference(mine, theirs), _variation(mine), magnitude(mine)
-        scale = spread if spread > TELLS * size else blunt * size
-        worst = max(worst, gap / scale if scale > 0 else gap)
-    return worst
-
-
-def agree(expected: Answers, found: Answers) -> bool:
-    """Whether every output differs by no more than rounding in its own type may do, generously."""
-    if any(len(a) != len(b) for a, b in zip(expected, found, strict=True)):
-        return False
-    pairs = zip(_each(expected), _each(found), strict=True)
-    return all(
-        difference(mine, theirs) <= magnitude(mine) * torch.finfo(mine[0][0].dtype).eps ** 0.5
-        for mine, theirs in pairs
-    )
+def left_out(model: nn.Module, arguments: Arguments) -> list[str]:
+    """Say what a model returns beside tensors, which nobody compares."""
+    args, kwargs = arguments
+    with evaluating(model), torch.no_grad():
+        types = unseen(model(*args, **kwargs))
+    return [f"what the model returns as {', '.join(types)} was not compared"] if types else []
 
 
 @dataclass(frozen=True)
@@ -161,9 +91,9 @@ class Reference:
         return sharpness(self.expected) > TELLS
 
     def certify(self, candidate: nn.Module) -> float:
-        """Return the largest difference of an output, see :func:`relative`."""
+        """Return the relative difference of its answers, see :func:`compare`."""
         with wide_literals():
-            return relative(self.expected, outputs(candidate, self.probes))
+            return compare(self.expected, outputs(candidate, self.probes)).relative
 
 
 def find_references(
@@ -193,7 +123,7 @@ def _silent(reference: Reference) -> SilentError:
     """Return why nothing can be certified."""
     what = "the output of the masked model does not depend on the input"
     why = "a layer without a bypass is wholly dead; choose a denser ticket"
-    if not any(reference.expected):
+    if not any(x.is_floating_point() for some in reference.expected for x in some):
         what = "the model returns no tensor of floating type"
         why = "compact the part of it that computes numbers"
     elif len(reference.probes) == 1:

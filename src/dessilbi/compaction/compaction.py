@@ -20,14 +20,14 @@ from dessilbi.compaction.candidates import Candidate, candidate, narrow
 from dessilbi.compaction.certifying import (
     Reference,
     SilentError,
-    agree,
-    difference,
     find_reference,
     find_references,
+    left_out,
     outputs,
     probes_of,
     wide,
 )
+from dessilbi.compaction.comparing import compare, difference, rounding
 from dessilbi.compaction.folding import constants_of
 from dessilbi.compaction.following import Scheduler, adopt, check_follows, follow
 from dessilbi.compaction.proving import Proof, check_finite, measure_latency
@@ -292,14 +292,13 @@ def _proof(
     closed, graph = job.closed, job.graph
     known = dict(enumerate(probes_of(job.example_inputs)))
     probes = [known[number] for number in found.reference.numbers if number in known]
-    expected = outputs(closed, probes)
-    found_outputs = outputs(small, probes)
-    gap = difference(expected, found_outputs)
-    if not agree(expected, found_outputs):
+    gap = compare(outputs(closed, probes), outputs(small, probes), exact=False)
+    if not gap.within(rounding):
         raise ValueError(
-            f"the compacted {type(closed).__name__} is exact in float64 but differs by {gap:.2g} "
-            f"in its own type; compact it in float32 or float64"
+            f"the compacted {type(closed).__name__} is exact in float64 but differs by "
+            f"{gap.largest:.2g} in its own type; compact it in float32 or float64"
         )
+    notes += gap.notes() + left_out(closed, probes[0])
     batch = graph.reading.batch
     timed = [_latency(each, probes[0], job.latency_repeats) for each in (closed, small)]
     before, after = (_size(each) for each in (closed, small))
@@ -323,7 +322,7 @@ def _proof(
         bytes_after=after[1],
         macs_before=count_macs(runnable(graph.reading.program), repeated(probes[0], batch), batch),
         macs_after=macs,
-        max_abs_diff=gap,
+        max_abs_diff=gap.largest,
         relative_diff=worst,
         probes=len(probes),
         dead=int(settled.dead.sum()),

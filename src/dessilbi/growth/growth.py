@@ -18,12 +18,12 @@ from dessilbi.blocks.ticket import Ticket
 from dessilbi.compaction.certifying import (
     Reference,
     SilentError,
-    difference,
     find_references,
-    magnitude,
+    left_out,
     outputs,
     probes_of,
 )
+from dessilbi.compaction.comparing import compare
 from dessilbi.compaction.following import Scheduler, adopt, check_grows, follow
 from dessilbi.compaction.proving import check_finite
 from dessilbi.cuts.counting import count_macs
@@ -43,10 +43,11 @@ class GrowthProof:
     """What growth did, in numbers.
 
     ``max_abs_diff`` is max |difference| of the outputs over all probes in the model's own type,
-    ``max_relative_diff`` the same over max |output|. ``relative_diff`` is the certificate in
-    float64, over how much the output varies with the input; None where the model does not run in
-    float64 or its output does not vary. ``grown`` says unit -> blocks before and after. MACs are
-    those of one sample.
+    ``max_relative_diff`` the largest relative to the size of an element, or to four times what is
+    typical of its output. ``relative_diff`` is the certificate in float64: every element over how
+    much it varies with the input, see ``compaction/comparing.py``; None where the model does not
+    run in float64 or its output does not vary. ``grown`` says unit -> blocks before and after.
+    MACs are those of one sample.
     """
 
     params_before: int
@@ -254,18 +255,18 @@ def _proof(
 ) -> GrowthProof:
     probes = probes_of(example_inputs)
     expected, found = _answers(model, wide, probes)
-    gap, size = difference(expected, found), magnitude(expected)
+    gap = compare(expected, found, exact=False)
     return GrowthProof(
         params_before=sum(p.numel() for p in model.parameters()),
         params_after=sum(p.numel() for p in wide.parameters()),
         macs_before=macs_of(model, probes[0]),
         macs_after=macs_of(wide, probes[0]),
-        max_abs_diff=gap,
-        max_relative_diff=gap / size if size else gap,
+        max_abs_diff=gap.largest,
+        max_relative_diff=gap.relative,
         relative_diff=worst,
         probes=len(expected),
         grown=dict(change.widths),
-        notes=notes,
+        notes=(*notes, *gap.notes(), *left_out(model, probes[0])),
     )
 
 

@@ -170,7 +170,8 @@ def recheck(opened: Opened, run: Run, trained: Trained) -> tuple[Verdict, float]
         )
     big = masked(trained.model, opened.ticket, trained.data.train)
     estimated = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in big.modules())
-    verdict = opened.witness.answered_by(big).judge(opened.model)
+    folded = estimated or opened.manifest.folded
+    verdict = opened.witness.answered_by(big).judge(opened.model, folded=folded)
     return verdict, max(opened.tolerance, ESTIMATED if estimated else 0.0)
 
 

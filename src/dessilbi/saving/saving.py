@@ -88,7 +88,7 @@ def save_compact(
     inputs = input_entries(witness.inputs)
     if retrained:
         witness = witness.answered_by(model)
-    verdict = witness.judge(model)
+    verdict = witness.judge(model, folded=blueprint.folded)
     if not verdict.relative_diff <= tolerance(model, exact=TOLERANCE, folded=blueprint.folded):
         raise ValueError(
             f"the model is {verdict.relative_diff:.2g} away from what was certified: it was "
@@ -218,7 +218,7 @@ def open_compact(factory: Factory | str | None, folder: str | Path) -> Opened:
     _fill(small, folder / WEIGHTS)
     small.eval()
     accepted = tolerance(small, exact=TOLERANCE, folded=blueprint.folded)
-    verdict = witness.judge(small)
+    verdict = witness.judge(small, folded=blueprint.folded)
     return Opened(folder, small, manifest, ticket, witness, verdict, accepted)
 
 
