@@ -76,6 +76,7 @@ ORDER: dict[str, str | dict[str, str]] = {
         "adapting": "how each operation's constants follow",
         "rewriting": "kept indices, applied to the exported program",
         "blueprint": "kept indices as a value: the same cut on a fresh model",
+        "sizing": "which attributes of modules follow a cut",
         "folding": "constants of dead channels",
         "following": "the optimizer goes on with the smaller model",
         "comparing": "how far answers are from others, each element in its own scale",

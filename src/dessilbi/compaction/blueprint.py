@@ -113,7 +113,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def find_sizes(model: nn.Module, resized: Iterable[Resized]) -> tuple[Size, ...]:
-    """Return the attributes that hold the old sizes, where the program changed."""
+    """Return the attributes that equal an old size, where the program changed."""
     found = []
     for change in resized:
         module = model.get_submodule(change.module)

@@ -5,7 +5,7 @@
 ``forward`` reads, ``"program"`` is the exported program, rewritten.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,26 +41,23 @@ class Candidate:
             raise self.rewritten
         return self.rewritten
 
-    def build(self, form: Form) -> nn.Module | None:
-        """Return the float64 candidate; None where the form would be the same as the last."""
+    def offered(self) -> tuple[Size, ...]:
+        """Return the attributes that equal an old size, and may hold it."""
+        if isinstance(self.rewritten, ValueError) or not self.rewritten.resized:
+            return ()
+        small = cut_module(self.reference.model, self.cuts, self.folded)
+        return find_sizes(small, self.rewritten.resized)
+
+    def build(self, form: Form, sizes: Sequence[Size] = ()) -> nn.Module:
+        """Return the float64 candidate, with ``sizes`` for a sized module."""
         if form == "program":
             return widen(sharing_copy(self.rewriter.module))
-        if form == "sized module" and isinstance(self.rewritten, ValueError):
-            return None
-        small = cut_module(self.reference.model, self.cuts, self.folded)
-        if form == "module":
-            return small
-        sizes = find_sizes(small, self.rewriter.resized)
-        return set_sizes(small, sizes) if sizes else None
+        return set_sizes(cut_module(self.reference.model, self.cuts, self.folded), sizes)
 
-    def blueprint(self, form: Form) -> Blueprint:
+    def blueprint(self, form: Form, sizes: tuple[Size, ...] = ()) -> Blueprint:
         """Return what makes this form from a fresh model."""
         before = tensors_of(self.reference.model)
         added = tuple(name for name in self.folded if name not in before)
-        sizes: tuple[Size, ...] = ()
-        if form == "sized module":
-            small = cut_module(self.reference.model, self.cuts, self.folded)
-            sizes = find_sizes(small, self.rewriter.resized)
         return Blueprint(form, self.cuts, added, sizes, folded=bool(self.moved))
 
     def sparse_bytes(self, ticket: Ticket, types: Mapping[str, torch.dtype]) -> int:

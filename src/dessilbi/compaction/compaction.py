@@ -7,6 +7,7 @@ exported program is rewritten. Either way the result is certified in float64, or
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from dessilbi.blocks.naming import unwrap
 from dessilbi.blocks.ticket import Ticket
 from dessilbi.compaction.adapting import Rewriter
-from dessilbi.compaction.blueprint import FORMS, Blueprint, Form, tensors_of
+from dessilbi.compaction.blueprint import FORMS, Blueprint, Form, Size, tensors_of
 from dessilbi.compaction.candidates import Candidate, candidate, narrow
 from dessilbi.compaction.certifying import (
     Reference,
@@ -32,6 +33,7 @@ from dessilbi.compaction.folding import constants_of
 from dessilbi.compaction.following import Scheduler, adopt, check_follows, follow
 from dessilbi.compaction.proving import Proof, check_finite, measure_latency
 from dessilbi.compaction.rewriting import place_tensors, sharing_copy, wide_literals, widen
+from dessilbi.compaction.sizing import needed, told
 from dessilbi.compaction.witness import Witness
 from dessilbi.cuts.closing import Settled, close, close_on, dead_blocks, settle, units_of
 from dessilbi.cuts.counting import count_macs, repeated, runnable
@@ -215,25 +217,16 @@ def _compacted(job: _Job, references: list[Reference]) -> Compacted:
         candidate(graph, settled.gone, reference, found)
         for reference, found in zip(references, constants, strict=True)
     ]
-    reasons, best = [], float("inf")
+    trial = _Trial(candidates)
     # The program is exported in evaluation mode: not for training.
     for form in [f for f in FORMS if job.optimizer is None or f != "program"]:
-        try:
-            smaller = [each.build(form) for each in candidates]
-            if smaller[0] is None:
-                continue
-            worst = max(
-                each.reference.certify(small)
-                for each, small in zip(candidates, smaller, strict=True)
-                if small is not None
-            )
-        except Exception as error:  # forward may break in any way once sizes change
-            reasons.append(f"{form}: {str(error).splitlines()[0] if str(error) else error!r}")
-            continue
-        if worst <= TOLERANCE:
-            return _finish(job, settled, candidates[0], form, worst)
-        best = min(best, worst)
-        reasons.append(f"{form}: relative difference {worst:.2g}")
+        sizes: tuple[Size, ...] | None = ()
+        if form == "sized module":
+            sizes = needed(candidates[0].offered(), partial(trial.exact, form))
+        if sizes is not None and trial.exact(form, sizes):
+            worst = trial.worst(form, sizes)
+            return _finish(job, settled, candidates[0], form, worst, sizes)
+    reasons, best = trial.reasons.values(), min(trial.found.values())
     if job.optimizer is not None and best >= NEAR:
         raise ValueError(
             f"{type(job.model).__name__} cannot be compacted to go on training, because its "
@@ -247,6 +240,31 @@ def _compacted(job: _Job, references: list[Reference]) -> Compacted:
     )
 
 
+class _Trial:
+    """Candidates in their forms, each built and certified once."""
+
+    def __init__(self, candidates: list[Candidate]):
+        self.candidates = candidates
+        self.found: dict[tuple[Form, tuple[Size, ...]], float] = {}
+        self.reasons: dict[Form, str] = {}
+
+    def exact(self, form: Form, sizes: tuple[Size, ...]) -> bool:
+        return self.worst(form, sizes) <= TOLERANCE
+
+    def worst(self, form: Form, sizes: tuple[Size, ...]) -> float:
+        """Return the largest relative difference of a form; infinite where it does not run."""
+        if (form, sizes) not in self.found:
+            try:
+                worst = max(c.reference.certify(c.build(form, sizes)) for c in self.candidates)
+                self.reasons[form] = f"{form}: relative difference {worst:.2g}"
+            except Exception as error:  # forward may break in any way once sizes change
+                worst = float("inf")
+                told = str(error).splitlines()[0] if str(error) else repr(error)
+                self.reasons[form] = f"{form}: {told}"
+            self.found[form, sizes] = worst
+        return self.found[form, sizes]
+
+
 def _randomness(reference: Reference) -> str:
     """Say so if the model itself gives different results for the same input."""
     again = outputs(reference.runner or reference.model, reference.probes[:1])
@@ -254,20 +272,30 @@ def _randomness(reference: Reference) -> str:
     return " (its output is random or changes from call to call)" if differs else ""
 
 
-def _finish(job: _Job, settled: Settled, found: Candidate, form: Form, worst: float) -> Compacted:
+def _finish(
+    job: _Job,
+    settled: Settled,
+    found: Candidate,
+    form: Form,
+    worst: float,
+    sizes: tuple[Size, ...],
+) -> Compacted:
     """Bring the exact candidate back to the model's types and write the proof."""
     probe = wide(probes_of(job.example_inputs)[0])
-    small = found.rewriter.module if form == "program" else found.build(form)
-    assert small is not None
+    small = found.rewriter.module if form == "program" else found.build(form, sizes)
     macs = _macs_after(job.graph, found, small, probe)
     small = narrow(small, {name: t.dtype for name, t in tensors_of(job.closed).items()})
-    notes = list(found.rewriter.forced) if form == "program" else []
+    notes = (
+        list(found.rewriter.forced)
+        if form == "program"
+        else (told(sizes, found.offered()) if sizes else [])
+    )
     proof = _proof(job, settled, small, macs, worst, form, found, notes)
     ticket, optimizer = cut_ticket(job.ticket, found.cuts), job.optimizer
     if optimizer is not None:
         optimizer = follow(optimizer, job.model, small, found.cuts, ticket)
     witness = Witness.of(found.reference, job.example_inputs)
-    blueprint = found.blueprint(form)
+    blueprint = found.blueprint(form, sizes)
     return Compacted(small, proof, optimizer, blueprint, ticket, job.ticket, witness)
 
 
@@ -329,7 +357,7 @@ def _proof(
         removed=int(settled.gone.sum()),
         revived={k: len(v) for k, v in job.ticket.origin.get("revived", {}).items()},
         kept_zero=units_of(graph, np.asarray(settled.kept)),
-        form="program" if form == "program" else "module",
+        form=form,
         sparse_bytes=sparse,
         notes=tuple(notes),
         rounded=units_of(graph, np.asarray(settled.rounded)),

@@ -22,7 +22,8 @@ class Proof:
     float64, divided by how much that element varies over the probes (see
     ``compaction/comparing.py``; of whole numbers, the share that differs). ``max_abs_diff`` is the
     largest difference in the model's own type, not divided. ``form`` is ``"module"`` (the class is
-    kept) or ``"program"`` (the exported operations, for inference). ``sparse_bytes`` is what the smaller
+    kept), ``"sized module"`` (attributes that hold sizes follow as well; the notes name them) or
+    ``"program"`` (the exported operations, for inference). ``sparse_bytes`` is what the smaller
     model takes where every tensor is stored in its smallest form, see :func:`sparse_bytes`; it is
     below ``bytes_after`` where single elements are dead inside living rows. ``kept_zero`` counts
     dead units that a layer needs, ``rounded`` those that stay so that a width is a multiple. MACs
