@@ -81,6 +81,7 @@ ORDER: dict[str, str | dict[str, str]] = {
         "following": "the optimizer goes on with the smaller model",
         "comparing": "how far answers are from others, each element in its own scale",
         "certifying": "whether two models compute the same",
+        "rehearsing": "whether a smaller model can be trained, tried on a copy",
         "proving": "numbers before and after",
         "witness": "what the masked model answers, for later",
         "candidates": "one smaller model in several forms",

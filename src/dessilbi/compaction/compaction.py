@@ -32,6 +32,7 @@ from dessilbi.compaction.comparing import compare, difference, rounding
 from dessilbi.compaction.folding import constants_of
 from dessilbi.compaction.following import Scheduler, adopt, check_follows, follow
 from dessilbi.compaction.proving import Proof, check_finite, measure_latency
+from dessilbi.compaction.rehearsing import check_trains
 from dessilbi.compaction.rewriting import place_tensors, sharing_copy, wide_literals, widen
 from dessilbi.compaction.sizing import needed, told
 from dessilbi.compaction.witness import Witness
@@ -126,7 +127,8 @@ def compact(
 
     Raises:
         ValueError: The ticket is of another model or not closed, the model cannot be read, has
-            NaN weights, no exact compaction was found, or the optimizer cannot follow.
+            NaN weights, no exact compaction was found, or the optimizer cannot follow; with it,
+            also a model whose forward in training does not follow.
 
     >>> from dessilbi.blocks.ticket import TensorSpec
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -293,6 +295,7 @@ def _finish(
     proof = _proof(job, settled, small, macs, worst, form, found, notes)
     ticket, optimizer = cut_ticket(job.ticket, found.cuts), job.optimizer
     if optimizer is not None:
+        check_trains(job.model, small, job.example_inputs)
         optimizer = follow(optimizer, job.model, small, found.cuts, ticket)
     witness = Witness.of(found.reference, job.example_inputs)
     blueprint = found.blueprint(form, sizes)
