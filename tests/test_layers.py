@@ -75,6 +75,7 @@ ORDER: dict[str, str | dict[str, str]] = {
     "compaction": {
         "adapting": "how each operation's constants follow",
         "rewriting": "kept indices, applied to the exported program",
+        "guarding": "a program that is handed out checks its inputs",
         "blueprint": "kept indices as a value: the same cut on a fresh model",
         "sizing": "which attributes of modules follow a cut",
         "folding": "constants of dead channels",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dessilbi.blocks.naming import tensor_names
 from dessilbi.compaction.adapting import Resized
+from dessilbi.compaction.guarding import guard
 from dessilbi.compaction.rewriting import rewrite
 from dessilbi.cuts.cutting import Cut, Cuts, cut_module, find_cuts
 from dessilbi.graph import Graph, read_graph
@@ -197,7 +198,7 @@ def _rewritten(
     wanted = {name: own for name, own in blueprint.cuts.items() if name not in blueprint.biases}
     if _listed(found) != _listed(wanted):
         raise OtherModelError("its tensors hang together in another way")
-    return rewrite(graph, gone, blueprint.cuts, tensors).module
+    return guard(rewrite(graph, gone, blueprint.cuts, tensors).module)
 
 
 def _gone(graph: Graph, cuts: Cuts) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dessilbi.blocks.naming import unwrap
 from dessilbi.blocks.ticket import Ticket
@@ -31,6 +31,7 @@ from dessilbi.compaction.certifying import (
 from dessilbi.compaction.comparing import compare, difference, rounding
 from dessilbi.compaction.folding import constants_of
 from dessilbi.compaction.following import Scheduler, adopt, check_follows, follow
+from dessilbi.compaction.guarding import guard, inputs_note
 from dessilbi.compaction.proving import Proof, check_finite, measure_latency
 from dessilbi.compaction.rehearsing import check_trains
 from dessilbi.compaction.rewriting import place_tensors, sharing_copy, wide_literals, widen
@@ -287,11 +288,10 @@ def _finish(
     small = found.rewriter.module if form == "program" else found.build(form, sizes)
     macs = _macs_after(job.graph, found, small, probe)
     small = narrow(small, {name: t.dtype for name, t in tensors_of(job.closed).items()})
-    notes = (
-        list(found.rewriter.forced)
-        if form == "program"
-        else (told(sizes, found.offered()) if sizes else [])
-    )
+    notes = told(sizes, found.offered()) if sizes else []
+    if isinstance(small, fx.GraphModule) and form == "program":
+        small = guard(small)
+        notes = [*found.rewriter.forced, *inputs_note(small)]
     proof = _proof(job, settled, small, macs, worst, form, found, notes)
     ticket, optimizer = cut_ticket(job.ticket, found.cuts), job.optimizer
     if optimizer is not None:
