@@ -45,7 +45,10 @@ class Candidate:
         """Return the attributes that equal an old size, and may hold it."""
         if isinstance(self.rewritten, ValueError) or not self.rewritten.resized:
             return ()
-        small = cut_module(self.reference.model, self.cuts, self.folded)
+        try:
+            small = cut_module(self.reference.model, self.cuts, self.folded)
+        except Exception:  # then neither form of the module can be built
+            return ()
         return find_sizes(small, self.rewritten.resized)
 
     def build(self, form: Form, sizes: Sequence[Size] = ()) -> nn.Module:
