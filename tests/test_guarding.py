@@ -76,6 +76,17 @@ def test_what_was_written_into_the_program_is_checked_and_noted(made, x):
     )
 
 
+def test_keywords_keep_the_batch_open_beside_a_switch(x):
+    model, example = Fixed().eval(), {"x": x, "flag": True}
+    ticket = random_ticket(model, example_inputs=example, density=0.5)
+    result = compact(model, ticket, example_inputs=example)
+    masked = ticket.apply_(copy.deepcopy(model))
+    torch.testing.assert_close(result.model(x=x[:2], flag=True), masked(x[:2], flag=True))
+    assert result.proof.notes[-1].endswith(": x (batch, 4), flag True")
+    with pytest.raises(ValueError, match="flag is False"):
+        result.model(x=x, flag=False)
+
+
 def test_the_check_is_saved_copied_and_pickled(made, x, tmp_path):
     result, masked = made
     save_compact(result, tmp_path / "small")

@@ -132,7 +132,7 @@ def test_dead_heads_really_go_and_training_goes_on(trained):
     closed = close(ticket, model, example_inputs=X)
     small = compact(model, closed, example_inputs=X, optimizer=optimizer)
     alive = int(ticket["blocks.0.attn.qkv.weight"].sum())
-    assert (small.proof.form, small.proof.relative_diff < 1e-9) == ("module", True)
+    assert (small.proof.form, small.proof.relative_diff < 1e-9) == ("sized module", True)
     attention = small.model.blocks[0].attn
     assert attention.qkv.weight.shape == (3 * 8 * alive, 32)
     assert (attention.num_heads, attention.head_dim) == (alive, 8)

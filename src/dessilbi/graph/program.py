@@ -139,8 +139,8 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     for (positional, named), shapes_or_none in attempts:
         spec: Any = shapes_or_none
         if spec is not None and named:
-            spec = {**dict(zip(_argument_names(model), spec, strict=False))}
-            spec.update({k: _open(x) for k, x in named.items()})
+            names = zip(_argument_names(model), positional, strict=False)
+            spec = {k: _open(x) for k, x in (*names, *named.items())}
         try:
             with _quiet():
                 return torch.export.export(
