@@ -414,7 +414,13 @@ def test_a_model_that_does_not_trace_is_refused_in_one_sentence_and_nothing_else
     with pytest.raises(ValueError, match="Branching cannot be read with these example") as caught:
         random_ticket(Branching(4, 4), example_inputs=torch.randn(2, 4), density=0.5)
     assert "\n" not in str(caught.value)
+    assert "forward accepts them, but torch.export cannot follow it" in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_inputs_that_forward_does_not_accept_are_told_apart():
+    with pytest.raises(ValueError, match="forward does not accept them: give inputs that it does"):
+        random_ticket(nn.Linear(4, 4), example_inputs=torch.randn(2, 3), density=0.5)
 
 
 def test_a_model_without_units_is_refused_by_random_ticket():

@@ -265,3 +265,13 @@ def test_warnings_of_the_caller_stay_as_they_were(tmp_path):
     export(nn.Linear(3, 2), tmp_path / "a.safetensors", example_inputs=torch.ones(1, 3))
     with pytest.raises(UserWarning, match="mine"):
         warnings.warn("mine", stacklevel=1)
+
+
+def test_what_compact_returned_is_exported_as_its_model(tmp_path):
+    model, x, _ = make("plain")
+    small = compact(model, random_ticket(model, example_inputs=x, density=0.5), example_inputs=x)
+    written = [
+        export(it, tmp_path / f"{number}.safetensors", example_inputs=x).file.read_bytes()
+        for number, it in enumerate((small, small.model))
+    ]
+    assert written[0] == written[1]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dessilbi.blocks.naming import unwrap
 from dessilbi.compaction.certifying import left_out, outputs
+from dessilbi.compaction.compaction import Compacted
 from dessilbi.compaction.comparing import Gap, compare, compared, magnitude
 from dessilbi.compaction.proving import check_finite
 from dessilbi.files.storage import sync_file, sync_folder
@@ -49,11 +50,14 @@ class Exported:
         return {**vars(self), "file": str(self.file), "notes": list(self.notes)}
 
 
-def export(model: nn.Module, file: str | Path, *, example_inputs: ExampleInputs) -> Exported:
+def export(
+    model: nn.Module | Compacted, file: str | Path, *, example_inputs: ExampleInputs
+) -> Exported:
     """Write a model for a runtime, and compare the file's answers with the model's.
 
     Args:
-        model: Any model in any mode; what is exported is its eval mode, on the CPU.
+        model: Any model in any mode, or what ``compact`` returned; what is exported is its eval
+            mode, on the CPU.
         file: A new file; its ending says the format: ``.onnx`` (runs in onnxruntime), ``.pt2``
             (torch.export; loading one uses pickle, so only load your own) or ``.safetensors``
             (weights and buffers alone).
@@ -83,6 +87,7 @@ def export(model: nn.Module, file: str | Path, *, example_inputs: ExampleInputs)
         require_packages(RUNTIME_PACKAGES)
     if not file.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {file.parent}: make it or name another file")
+    model = model.model if isinstance(model, Compacted) else model
     check_finite(model)
     own = copy.deepcopy(unwrap(model)).cpu()
     args, kwargs = as_arguments(example_inputs)

@@ -149,10 +149,15 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         except Exception as error:
             failure = error
     detail = str(failure).strip().splitlines() or [type(failure).__name__]
+    try:
+        model(*args, **kwargs)
+    except Exception:
+        remedy = "forward does not accept them: give inputs that it does"
+    else:
+        remedy = "forward accepts them, but torch.export cannot follow it: change what it stops at"
     raise ValueError(
         f"{type(model).__name__} cannot be read with these example inputs "
-        f"({type(failure).__name__}: {detail[0]}); give inputs that forward accepts and a forward "
-        f"that torch.export can follow"
+        f"({type(failure).__name__}: {detail[0]}); {remedy}"
     ) from None
 
 
