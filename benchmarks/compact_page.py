@@ -22,7 +22,8 @@ ZOO = """
 From [these records](results/compact-zoo.jsonl). Coverage: share of the parameters that lie in
 something removable. Gap: largest difference between the masked and the compacted model on new
 inputs, relative to the largest output. Seconds: CPU time of `compact` in float32, certificate
-included, latency excluded.
+included, latency excluded. Form: these were taken when a module whose attributes follow was also
+called "module"; it is "sized module" now.
 """
 ZOO_COLUMNS = [
     *("model", "keep", "coverage", "params left", "MACs left", "removed of dead", "form"),
