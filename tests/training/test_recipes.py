@@ -127,6 +127,7 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
     [
         ("epochs=0", "epochs=0 is not allowed: .* greater than or equal to 1"),
         ("epochs=1.5", "epochs=1.5 is not allowed: .*integer"),
+        ("structure=filter", "structure='filter' is not allowed: it is a table; `dessilbi recipes"),
         ("batch_size=-1", "batch_size=-1 is not allowed"),
         ("validation=0", "validation=0 is not allowed"),
         ("points=0", "points=0 is not allowed"),

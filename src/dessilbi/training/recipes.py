@@ -353,10 +353,11 @@ def validate_recipe(values: dict[str, Any], *, origin: str) -> Recipe:
         if first["type"] == "missing":
             raise RecipeError(f"recipe {origin}: {field} is missing; {_fields_of(field)}") from None
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("dict_type", "model_type"):
+            message = "it is a table; `dessilbi recipes show` prints one to write into a file"
         message = message[:1].lower() + message[1:]
-        raise RecipeError(
-            f"recipe {origin}: {field}={told_by(repr(first['input']))} is not allowed: {message}"
-        ) from None
+        given = told_by(repr(first["input"]))
+        raise RecipeError(f"recipe {origin}: {field}={given} is not allowed: {message}") from None
 
 
 def _fields_of(field: str) -> str:
