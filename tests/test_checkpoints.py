@@ -8,6 +8,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.testing import assert_close
 
 from dessilbi import DessiLBI, wrap
@@ -393,3 +398,27 @@ def test_a_wrapped_optimizers_state_goes_by_name_too():
             saved = optimizer.state[weights[name]][key]
             assert torch.equal(loaded.state[others[name]][key], saved)
     assert loaded.param_groups[0]["param_names"] == ["b", "a"]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["as it is", "flattened"])
+def test_a_distributed_checkpoint_goes_by_name_where_parameters_come_in_another_order(flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+
+    def build(*names):
+        listed = dict(model.named_parameters())
+        groups = [{"params": [(n, listed[n]) for n in names], "structure": "filter"}]
+        return DessiLBI(groups, lr=0.1, nu=1.0, lam=0.01)
+
+    first = build("0.weight", "1.weight")
+    model(torch.ones(2, 4)).square().sum().backward()
+    first.step()
+    kept = {p: first.state[p]["v"].clone() for p in model.parameters()}
+    assert not torch.equal(*kept.values())
+    saved = get_optimizer_state_dict(model, first, options=options)
+    model.zero_grad()
+    second = build("1.weight", "0.weight")
+    set_optimizer_state_dict(model, second, saved, options=options)
+    assert second.param_groups[0]["param_names"] == ["1.weight", "0.weight"]
+    assert all(torch.equal(second.state[p]["v"], v) for p, v in kept.items())

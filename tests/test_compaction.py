@@ -657,3 +657,19 @@ def test_a_model_that_is_a_part_called_module_compacts_under_the_names_of_its_ti
     result = compact(model, ticket, example_inputs=x)
     assert result.proof.removed == 2
     assert result.cuts["1.running_mean"][0].index.tolist() == [0, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("end", [torch.log_softmax, torch.softmax], ids=lambda end: end.__name__)
+def test_a_forward_that_rounds_to_float32_on_its_way_is_certified_by_its_program(end):
+    class Casting(nn.Sequential):
+        def forward(self, x):
+            return end(self[1](self[0](x).float().relu().to(x.dtype)), -1)
+
+    torch.manual_seed(0)
+    model, x = Casting(nn.Linear(8, 32), nn.Linear(32, 400)), torch.randn(4, 8)
+    with torch.no_grad():
+        model[1].weight.mul_(30)
+    ticket = random_ticket(model, example_inputs=x, density=0.5)
+    small = compact(model, ticket, example_inputs=x)
+    assert small.proof.relative_diff < 1e-9
+    assert small.proof.params_after < small.proof.params_before

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dessilbi import compact, export, grow, load_compact, save_compact
-from dessilbi.compaction.comparing import compare, compared, sharpness, unseen
+from dessilbi.compaction.comparing import compare, compared, rounding, sharpness, unseen
 from dessilbi.testing import random_ticket
 
 INF = float("inf")
@@ -255,3 +255,20 @@ def test_what_is_no_tensor_is_named_in_the_notes(x, tmp_path):
     assert told in half(model, x).proof.notes
     assert told in grow(model, {"a": 12}, example_inputs=x).proof.notes
     assert unseen(model(x)) == ["int", "str"]
+
+
+def test_the_tails_of_a_sharp_softmax_are_rounding_in_a_narrow_type():
+    logits, noise = torch.randn(2, 64, 1000, generator=torch.Generator().manual_seed(0))
+    one = (100 * logits).softmax(-1)
+    other = (100 * logits * (1 + 1e-7 * noise)).softmax(-1)
+    assert not torch.equal(one, other)
+    assert compare([[one]], [[other]], exact=False).within(rounding)
+
+
+def test_what_a_runtime_takes_for_zero_is_no_difference_in_a_narrow_type():
+    one = torch.tensor([1.0, 0.5, 1e-39, 2e-45])
+    other = torch.tensor([1.0, 0.5, 0.0, 0.0])
+    assert compare([[one]], [[other]], exact=False).within(rounding)
+    assert not compare([[one]], [[torch.tensor([1.0, 0.5, 1e-12, 0.0])]], exact=False).within(
+        rounding
+    )

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from dessilbi import DessiLBI, Path, Schedules, piecewise
 from dessilbi.files.runs import Run
+from dessilbi.path.hints import EntryHint
 from dessilbi.path.history import NEVER
 from dessilbi.path.scores import ORDERS
 
@@ -1017,3 +1018,21 @@ def test_a_path_is_resumed_beside_tensors_that_joined_later(tmp_path):
     path.close()
     again = Path(toy.optimizer, file=tmp_path / "path", resume=state)
     assert (again.names, again.step, len(again.points)) == (["w", "e"], 5, 5)
+
+
+def test_tensors_that_joined_are_remembered_when_the_path_is_closed(tmp_path):
+    toy = Toy()
+    path = Path(toy.optimizer, every=10, file=tmp_path / "path")
+    toy.step(5)
+    joined(toy)
+    path.close()
+    again = Path(toy.optimizer, file=tmp_path / "path", resume=path.state_dict())
+    assert again.names == ["w", "e"]
+
+
+def test_what_an_older_state_knew_of_the_warning_counts_for_nothing():
+    toy, hint = Toy(lam=1000.0), EntryHint()
+    hint.load_state_dict({"pending": True, "before": [0.6, 0.2]})
+    for time in (1.0, 2.0):
+        hint.look(toy.step().optimizer, time, 10.0, entered=True)
+    assert hint.state_dict()["pending"] is False

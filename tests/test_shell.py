@@ -33,6 +33,7 @@ LINES = {
     "a recipe to show": "dessilbi recipes show mnist",
     "a choice": "dessilbi export DIR --format o",
     "a folder": "dessilbi path run",
+    "a flag behind no run": "dessilbi path nowhere --fig",
 }
 
 
@@ -59,7 +60,7 @@ def completed(here):
     """What bash offers for each of the lines, and how it knows the command."""
     (here[0] / "lines").write_text("\n".join(LINES.values()) + "\n")
     done = bash(here, SCRIPT)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     *offers, known = done.stdout.splitlines()
     return dict(zip(LINES, map(str.split, offers), strict=True)), known
 
@@ -72,6 +73,7 @@ def completed(here):
         ("a recipe", recipe_names()),
         ("a recipe to show", [n for n in recipe_names() if n.startswith("mnist")]),
         ("a choice", ["onnx"]),
+        ("a flag behind no run", ["--figure"]),
     ],
 )
 def test_bash_completes(completed, what, offered):

@@ -364,3 +364,13 @@ def test_a_ticket_does_not_guess_which_of_two_parts_it_is_of():
     with pytest.raises(ValueError, match=r"has fc\.weight and module\.fc\.weight, and this ticket"):
         ticket.apply_(model)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_ticket_of_both_parts_tells_them_apart():
+    model = nn.ModuleDict({"module": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "fc": nn.Linear(4, 4)})
+    listed = [(n, p) for n, p in model.named_parameters() if n.endswith("weight")]
+    ticket = DessiLBI(listed, structure="filter").support()
+    ticket.apply_(model)
+    assert set(ticket) == {"module.fc.weight", "fc.weight"}
+    assert not model["fc"].weight.any()
+    assert not model["module"]["fc"].weight.any()

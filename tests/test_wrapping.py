@@ -564,8 +564,9 @@ class OwnV(torch.optim.Optimizer):
 def test_a_base_that_keeps_a_v_of_its_own_is_refused_at_its_first_step():
     named = weights()
     optimizer = wrap(OwnV(named), **COUPLING)
-    with pytest.raises(ValueError, match="the state of OwnV has a 'v' of its own"):
-        train(named, optimizer, steps=1)
+    for _ in range(2):  # nor does it pass for ours the second time
+        with pytest.raises(ValueError, match="the state of OwnV has a 'v' of its own"):
+            train(named, optimizer, steps=1)
 
 
 def test_a_base_that_has_stepped_with_a_v_of_its_own_is_refused():

@@ -206,7 +206,8 @@ class Ticket(Mapping[str, Tensor]):
                     f"this ticket is for another model: it needs {name} with shape {spec.shape} "
                     f"but the model {has}; pass the model the ticket was made from"
                 )
-            if f"module.{name}" in parameters:  # a name that has it everywhere is told without
+            # A name that has this prefix everywhere is told without it.
+            if f"module.{name}" in parameters.keys() - self.specs.keys():
                 raise ValueError(
                     f"the model has {name} and module.{name}, and this ticket does not tell "
                     f"them apart: call that part of the model something else than 'module'"

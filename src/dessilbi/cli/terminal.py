@@ -38,9 +38,9 @@ SetOption = Annotated[
 ]
 
 
-def _there(run: FilePath) -> FilePath:
+def _there(context: typer.Context, run: FilePath) -> FilePath:
     """Refuse what is no folder at once, before torch is loaded."""
-    if not run.is_dir():
+    if not run.is_dir() and not context.resilient_parsing:  # a shell may only ask what could follow
         told = f"{run} is not a run folder: {kind_of(run, RECIPE)}"
         raise fail(f"{told}; name a folder that `dessilbi train` has written", 1)
     return run

@@ -45,7 +45,6 @@ from dessilbi.graph.inputs import Arguments, describe
 from dessilbi.graph.program import ExampleInputs, evaluating
 
 TOLERANCE = 1e-9  # of the float64 certificate; exact compactions reach 1e-15
-NEAR = 1e-4  # what rounding in float32 may do inside a forward that casts
 
 __all__ = ["Compacted", "close", "compact"]
 
@@ -204,7 +203,7 @@ class _Job:
 
 
 class _NearMissError(ValueError):
-    """No form is exact, but one differs by no more than rounding in float32."""
+    """No form is exact, but one runs: where forward rounds in between, that may be all."""
 
 
 def _compacted(job: _Job, references: list[Reference]) -> Compacted:
@@ -230,14 +229,14 @@ def _compacted(job: _Job, references: list[Reference]) -> Compacted:
             worst = trial.worst(form, sizes)
             return _finish(job, settled, candidates[0], form, worst, sizes)
     reasons, best = trial.reasons.values(), min(trial.found.values())
-    if job.optimizer is not None and best >= NEAR:
+    near = best < float("inf") and references[0].runner is None
+    if job.optimizer is not None and not near:
         raise ValueError(
             f"{type(job.model).__name__} cannot be compacted to go on training, because its "
             f"forward holds sizes ({'; '.join(reasons)}); compute them from the weights, or "
             f"compact without optimizer=, which may give its exported program for inference"
         )
-    kind = _NearMissError if best < NEAR and references[0].runner is None else ValueError
-    raise kind(
+    raise (_NearMissError if near else ValueError)(
         f"no exact compaction of {type(job.closed).__name__} was found ({'; '.join(reasons)}); "
         f"leave the units concerned alive or report the model{_randomness(references[0])}"
     )

@@ -17,6 +17,7 @@ FAR = 1 / TELLS  # what is larger than most by this factor says nothing about th
 COARSE = (
     4.0  # times what is typical: about the largest of many; rounding may do so much to small ones
 )
+TAIL = 64.0  # times its size: a small probability takes the error of its logit for its own
 TINY = 1e-280  # below, float64 itself loses digits
 HUGE = 3e38  # the largest number of float32 and that of float64 both stand for a mask
 SAMPLE, CHUNK = 1 << 20, 1 << 20  # elements that are sorted, elements that are compared at once
@@ -102,14 +103,15 @@ def compare(expected: Answers, found: Answers, *, exact: bool = True) -> Gap:
     The difference of every element is divided by how much that element varies over the probes, or,
     where it hardly does, by its own size. It is held to at most 1e4 times its size, and to no less
     than 1e-4 of what is typical: the third quartile of the distinct magnitudes of that output.
-    So huge numbers hide nothing, and rounding is not counted in units of an accidental 0. An
-    element far below the rounding of what is typical was not made from it: its own size counts.
+    So huge numbers hide little, and rounding is not counted in units of an accidental 0. An element
+    far below the rounding of what is typical was not made from it: its own size counts.
 
     Args:
         expected: What one model answers, per probe.
         found: What the other answers.
         exact: Both in float64. Otherwise, as rounding in their own type is relative to what is
-            typical, an element is held to four times that, or its own size.
+            typical, an element is held to four times that, or its own size (64 times that where it
+            lies far below, as the tails of a softmax do).
 
     >>> logits = torch.tensor([1.0, 2.0, 4.0, -1e9])
     >>> wrong = torch.tensor([2.0, 2.0, 4.0, -1e9])
@@ -170,16 +172,18 @@ def _output(
         wrong = sum(int((a != b.to(a.device)).sum()) for a, b in zip(mine, theirs, strict=True))
         return 0.0, wrong / max(1, sum(x.numel() for x in mine))
     typical, largest, relative = _typical(mine), 0.0, 0.0
-    eps = torch.finfo(mine[0].dtype).eps
+    kind = torch.finfo(mine[0].dtype)
+    # What a runtime may take for 0 is no difference in a type of its own.
+    least = TINY if blunt is not None else kind.tiny / rounding(mine[0].dtype)
     for a, b in _chunks(mine, theirs):
         gap = torch.where(a == b, 0.0, (a - b).abs())
         gap = torch.where(gap.isnan(), float("inf"), gap)
         largest = max(largest, float(gap.max()))
-        relative = max(relative, float((gap / _scale(a, typical, blunt, eps)).max()))
+        relative = max(relative, float((gap / _scale(a, typical, blunt, kind.eps, least)).max()))
     return largest, relative
 
 
-def _scale(values: Tensor, typical: float, blunt: float | None, eps: float) -> Tensor:
+def _scale(values: Tensor, typical: float, blunt: float | None, eps: float, least: float) -> Tensor:
     """Return what the difference of every element is divided by."""
     spread, size, plain = _profile(values, typical)
     own, sizes = size.expand_as(values), values.abs()
@@ -187,9 +191,11 @@ def _scale(values: Tensor, typical: float, blunt: float | None, eps: float) -> T
         own = torch.where(spread > TELLS * size, spread, blunt * size)
         own = torch.minimum(own, FAR * sizes)
     apart = (size > 0) & (size < eps / 128 * typical)
+    if blunt is None:
+        own = torch.where(apart, TAIL * own, own)
     floor = torch.where(apart, 0.0, (COARSE if blunt is None else TELLS) * typical)
     scale = torch.maximum(torch.where(plain, own, sizes), floor)
-    scale = torch.where(scale > 0, scale.clamp_min(TINY), 1.0)
+    scale = torch.where(scale > 0, scale.clamp_min(least), 1.0)
     return torch.where(values.isfinite(), scale, 1.0)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dessilbi.compaction.certifying import Reference, outputs, wide
-from dessilbi.compaction.comparing import compare
+from dessilbi.compaction.comparing import COARSE, compare
 from dessilbi.compaction.rewriting import widen
 from dessilbi.graph.inputs import Arguments, Input, describe, draw
 from dessilbi.graph.program import ExampleInputs
@@ -98,10 +98,10 @@ def tolerance(model: nn.Module, *, exact: float, folded: bool) -> float:
     """Return the relative difference to accept.
 
     A cut copies numbers, so only rounding in float64 remains. Constants that were folded were
-    rounded to the model's own type. Types with few digits are not let off: a quarter of an output
-    is a difference in any of them.
+    rounded to the model's own type. Types with few digits are not let off: a quarter of what is
+    typical of an output is a difference in any of them.
     """
     if not folded:
         return exact
     types = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    return max([exact, *(min(0.25, 1e3 * torch.finfo(dtype).eps) for dtype in types)])
+    return max([exact, *(min(0.25 / COARSE, 1e3 * torch.finfo(dtype).eps) for dtype in types)])

@@ -150,7 +150,8 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             failure = error
     detail = str(failure).strip().splitlines() or [type(failure).__name__]
     try:
-        model(*args, **kwargs)
+        with torch.no_grad():
+            model(*args, **kwargs)
     except Exception:
         remedy = "forward does not accept them: give inputs that it does"
     else:

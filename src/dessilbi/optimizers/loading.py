@@ -59,7 +59,9 @@ def _by_name(
                     f"its groups of the same parameters as when the state was saved"
                 )
             places = [names.index(name) for name in ours[number]]
-            for key in ("params", dual.OWN_LAM):
+            # Distributed checkpoints hand over names in place of numbers, in our order already.
+            ordered = all(isinstance(param, str) for param in group["params"])
+            for key in (dual.OWN_LAM,) if ordered else ("params", dual.OWN_LAM):
                 if key in group:
                     group[key] = [group[key][place] for place in places]
         result.append(group)

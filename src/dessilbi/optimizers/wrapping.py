@@ -128,6 +128,7 @@ class Wrapped(Optimizer):
         self._fused, self._fusion = fused, _fusion(fused)
         self._olds: dict[Tensor, Tensor] = {}
         self._owned: fusing.Choice | None = None  # for which every V is known to be ours
+        self._refused: list[Tensor] = []  # have a V that is the base's
         before = [dict(group) for group in base.param_groups]
         try:
             for group in base.param_groups:
@@ -214,6 +215,7 @@ class Wrapped(Optimizer):
         if not phantom:
             self._remember(fused)
         new = () if self._owned is choice else self._without_v(choice)
+        self._check_own(self._refused)
         loss = self.base.step() if closure is None else self.base.step(closure)
         self._check_own(new)
         self._owned = None if new else choice
@@ -231,7 +233,8 @@ class Wrapped(Optimizer):
 
     def _check_own(self, params: Iterable[Tensor]) -> None:
         """Refuse a base that keeps something of its own under the name of V."""
-        if any(dual.STATE_KEY in self.state.get(p, ()) for p in params):
+        self._refused = [p for p in params if dual.STATE_KEY in self.state.get(p, ())]
+        if self._refused:
             raise ValueError(
                 f"the state of {type(self.base).__name__} has a {dual.STATE_KEY!r} of its own, "
                 f"which wrap would overwrite: use a base without it, such as SGD or AdamW"
@@ -355,7 +358,7 @@ class Wrapped(Optimizer):
         super().__setstate__({"_fused": None, **state})
         _WRAPPED.add(self.base)  # the base of a copy is wrapped as well
         self._fusion = _fusion(self._fused)
-        self._olds, self._owned = {}, None
+        self._olds, self._owned, self._refused = {}, None, []
 
     def __repr__(self) -> str:
         """The base's own description, wrapped."""

@@ -27,7 +27,9 @@ class EntryHint:
         """Go on from what was seen before."""
         before = state["before"]
         self._pending = bool(state["pending"])
-        self._before = None if before is None else tuple(map(float, before))
+        # Older states have no pull: what was seen counts for nothing then.
+        known = before is not None and len(before) == 3
+        self._before = tuple(map(float, before)) if known else None
 
     def look(self, optimizer: Optimizer, time: float, total: float, *, entered: bool) -> None:
         """Look at the path between a twentieth and a tenth of its time, or once 1/nu stands.

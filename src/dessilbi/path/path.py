@@ -93,8 +93,8 @@ class Path:
     ):
         found = dual.named_members(optimizer)
         check_numbers(every, total_steps, total_time)
-        joined = () if resume is None else resume.get("joined", ())
-        specs = {m.name: m.spec for m in found if m.name not in joined}
+        self._joined: list[str] = [] if resume is None else list(resume.get("joined", ()))
+        specs = {m.name: m.spec for m in found if m.name not in self._joined}
         if resume is None or file is None:
             units = {m.name: m.group.get("unit") for m in found if m.name in specs}
             self._history = History(specs, units, file)
@@ -148,9 +148,15 @@ class Path:
         """
         clock = {"step": self.step, "time": self.time, "interval": self._interval}
         told = {**clock, "hint": self._hint.state_dict(), "file": self._history.position()}
-        watched = [] if self._optimizer is None else dual.named_members(self._optimizer)
-        joined = [m.name for m in watched if m.name not in self._history.specs]
+        joined = self._outside()
         return {**told, "joined": joined} if joined else told
+
+    def _outside(self) -> list[str]:
+        """Structured tensors of the optimizer that joined it later: no part of this path."""
+        if self._optimizer is not None:
+            found = dual.named_members(self._optimizer)
+            self._joined = [m.name for m in found if m.name not in self._history.specs]
+        return self._joined
 
     @property
     def points(self) -> list[Point]:
@@ -201,7 +207,8 @@ class Path:
         if self.points and self.points[-1].step == self.step:
             return
         everything, specs = dual.support(optimizer), self._history.specs
-        if joined := [name for name in everything if name not in specs]:
+        before = self._joined
+        if (joined := self._outside()) and joined != before:
             warn_of_joined(joined)
         support = Ticket({name: everything[name] for name in specs}, specs)
         self._history.add(Point(self.step, self.time, support.density), support)
@@ -231,7 +238,7 @@ class Path:
     def close(self) -> None:
         """Stop watching; everything recorded stays available."""
         if self._optimizer is not None:
-            self._scores = self.scores()
+            self._scores, self._joined = self.scores(), self._outside()
             self._handle.remove()
             self._optimizer, self._closed = None, True
 
