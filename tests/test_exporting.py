@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model becomes one file for a runtime, which answers as the model does, or nothing is left."""
 
+import logging
 import sys
 import warnings
 import zipfile
@@ -275,3 +276,17 @@ def test_what_compact_returned_is_exported_as_its_model(tmp_path):
         for number, it in enumerate((small, small.model))
     ]
     assert written[0] == written[1]
+
+
+@onnx_only
+def test_where_torchvision_is_missing_the_exporter_does_not_say_so(tmp_path, monkeypatch, capfd):
+    export_onnx = torch.onnx.export
+
+    def talking(*args, **kwargs):
+        logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+        logger.warning("torchvision is not installed. Skipping torchvision::nms")
+        return export_onnx(*args, **kwargs)
+
+    monkeypatch.setattr("torch.onnx.export", talking)
+    export(nn.Linear(3, 2), tmp_path / "small.onnx", example_inputs=torch.ones(2, 3))
+    assert "torchvision" not in capfd.readouterr().err

@@ -23,7 +23,7 @@ from dessilbi.compaction.comparing import Gap, compare, compared, magnitude
 from dessilbi.compaction.proving import check_finite
 from dessilbi.files.storage import sync_file, sync_folder
 from dessilbi.graph.inputs import Arguments, TensorInput, describe, draw
-from dessilbi.graph.program import ExampleInputs, as_arguments, evaluating, export_program
+from dessilbi.graph.program import ExampleInputs, as_arguments, evaluating, export_program, quiet
 
 ONNX_LIMIT = 2**31 - 2**20  # bytes of weights; a protobuf file ends at 2 GiB
 RUNTIME_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -232,7 +232,8 @@ def _write_onnx(
 
     program, dynamic, notes = _traced(model, arguments)
     try:
-        made: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+        with quiet("onnx._internal.exporter._registration"):  # on operations of torchvision
+            made: Any = torch.onnx.export(program, dynamo=True, verbose=False)
         tensors = [*model.parameters(), *model.buffers()]
         large = sum(t.numel() * t.element_size() for t in tensors) > ONNX_LIMIT
         for node in made.model.graph:

@@ -142,7 +142,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             names = zip(_argument_names(model), positional, strict=False)
             spec = {k: _open(x) for k, x in (*names, *named.items())}
         try:
-            with _quiet():
+            with quiet(*_TALK):
                 return torch.export.export(
                     model, positional, named, dynamic_shapes=spec, strict=False
                 )
@@ -162,10 +162,13 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     ) from None
 
 
+# These log a traceback, or a graph, where a model cannot be followed.
+_TALK = ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes", "export._trace")
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging a traceback, or a graph, for what we say in one sentence."""
-    names = ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes", "export._trace")
+def quiet(*names: str) -> Iterator[None]:
+    """Keep loggers of torch from telling what we say in one sentence, or nobody can act on."""
     loggers = [logging.getLogger(f"torch.{name}") for name in names]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
